@@ -1,0 +1,39 @@
+"""Sparse autoguides for Pyro.
+
+An ordinary Pyro program, with two names swapped::
+
+    guide = AutoSparseNormal(model, density=0.05)       # was: AutoNormal(model)
+    svi = SSVI(model, guide, optim, Trace_ELBO())       # was: SVI(model, guide, optim, ...)
+    for x, y in batches:
+        svi.step(x, y)
+    Predictive(model, guide=guide, num_samples=16)(x)
+"""
+
+from . import rules as _rules  # noqa: F401  (fills the table of sparse operations)
+from .active_set import ActiveSet
+from .distributions import SparseNormal, SubspacePrior
+from .errors import MaterialiseError, NonFiniteWarning, PerformanceWarning
+from .guides import AutoSparseNormal
+from .schedules import ConstantSchedule, CosineSchedule, LinearSchedule
+from .sparse_tensor import SparseTensor, dense_fallbacks, forbid_materialise
+from .svi import SSVI, SubspaceModel
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SSVI",
+    "ActiveSet",
+    "AutoSparseNormal",
+    "ConstantSchedule",
+    "CosineSchedule",
+    "LinearSchedule",
+    "MaterialiseError",
+    "NonFiniteWarning",
+    "PerformanceWarning",
+    "SparseNormal",
+    "SparseTensor",
+    "SubspaceModel",
+    "SubspacePrior",
+    "dense_fallbacks",
+    "forbid_materialise",
+]

@@ -1,0 +1,215 @@
+"""The active coordinates of one site."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["CSR", "ActiveSet", "draw_distinct"]
+
+
+class CSR(NamedTuple):
+    """Where the active coordinates lie in a matrix, row by row.
+
+    :param crow: ``[n + 1]``, row ``i`` holds entries ``crow[i]`` to ``crow[i + 1]``.
+    :param col: ``[K]``, the column of each entry.
+    :param perm: ``[K]``, the place of each entry's value, or ``None`` where values lie in order.
+    :param shape: ``(n, m)``.
+    """
+
+    crow: Tensor
+    col: Tensor
+    perm: Tensor | None
+    shape: tuple[int, int]
+
+
+class ActiveSet:
+    """The K active coordinates of a site with D elements: sorted, unique flat indices.
+
+    An active set never changes; an exchange makes a new one. The matrix views that sparse
+    products need are made when first asked for and kept.
+
+    :param indices: int64 ``[K]``, sorted and unique positions in the flattened site.
+    :param shape: shape of the site.
+    :raises ValueError: if the indices are not a sorted set of positions in ``shape``.
+    """
+
+    def __init__(self, indices: Tensor, shape: Sequence[int]) -> None:
+        self.shape = torch.Size(shape)
+        self._indices: Tensor | None = indices
+        self._device = indices.device
+        if indices.dtype != torch.int64 or indices.dim() != 1:
+            raise ValueError(
+                "ActiveSet expects a 1-d int64 tensor of indices, "
+                f"got {indices.dtype} with shape {tuple(indices.shape)}"
+            )
+        if not 1 <= len(indices) <= self.numel():
+            raise ValueError(
+                f"ActiveSet of shape {tuple(shape)} expects 1 to {self.numel()} indices, "
+                f"got {len(indices)}"
+            )
+        # One host sync, and only where a set is made: never in a training step.
+        if bool((indices.diff() <= 0).any() | (indices[0] < 0) | (indices[-1] >= self.numel())):
+            raise ValueError(
+                f"ActiveSet expects sorted, unique indices in [0, {self.numel()}): "
+                "try indices.unique()"
+            )
+
+    @classmethod
+    def full(cls, shape: Sequence[int], device: torch.device | None = None) -> ActiveSet:
+        """Every coordinate active. Indices are only made if asked for."""
+        self = cls.__new__(cls)
+        self.shape = torch.Size(shape)
+        self._indices = None
+        self._device = torch.device("cpu") if device is None else device
+        return self
+
+    @classmethod
+    def random(cls, shape: Sequence[int], k: int, device: torch.device | None = None) -> ActiveSet:
+        """``k`` coordinates drawn uniformly from torch's global generator, at O(k)."""
+        return cls(draw_distinct(math.prod(shape), k, device=device), shape)
+
+    @property
+    def indices(self) -> Tensor:
+        """Sorted flat positions, int64 ``[K]``."""
+        if self._indices is None:
+            self._indices = torch.arange(self.numel(), device=self._device)
+        return self._indices
+
+    @property
+    def is_full(self) -> bool:
+        return len(self) == self.numel()
+
+    @property
+    def density(self) -> float:
+        return len(self) / max(self.numel(), 1)
+
+    @property
+    def mask(self) -> Tensor:
+        """Boolean tensor of the site's shape, made anew at each call."""
+        mask = torch.zeros(self.numel(), dtype=torch.bool, device=self.device)
+        return mask.index_fill_(0, self.indices, True).reshape(self.shape)
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def numel(self) -> int:
+        """D, the number of elements of the site."""
+        return math.prod(self.shape)
+
+    def __len__(self) -> int:
+        return self.numel() if self._indices is None else len(self._indices)
+
+    def __repr__(self) -> str:
+        return f"ActiveSet({len(self)} of {tuple(self.shape)}, density={self.density:.3g})"
+
+    def __getstate__(self) -> dict:
+        # Matrix views are caches: they are not worth a byte in a file.
+        return {key: self.__dict__[key] for key in ("shape", "_indices", "_device")}
+
+    def same(self, other: ActiveSet) -> bool:
+        """Whether both hold the same coordinates; free when they are one object."""
+        if self is other:
+            return True
+        return self.shape == other.shape and torch.equal(self.indices, other.indices)
+
+    def to(self, device: torch.device) -> ActiveSet:
+        if device == self.device:
+            return self
+        if self._indices is None:
+            return ActiveSet.full(self.shape, device)
+        return ActiveSet(self.indices.to(device), self.shape)
+
+    def gather(self, dense: Tensor) -> Tensor:
+        """The active entries of a tensor.
+
+        :param dense: ``[*batch, *shape]``.
+        :return: ``[*batch, K]``.
+        """
+        batch = dense.shape[: dense.dim() - len(self.shape)]
+        return dense.reshape(*batch, self.numel()).index_select(-1, self.indices)
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """The tensor with ``values`` at the active entries and 0 elsewhere.
+
+        :param values: ``[*batch, K]``.
+        :return: ``[*batch, *shape]``.
+        """
+        batch = values.shape[:-1]
+        dense = values.new_zeros(*batch, self.numel())
+        return dense.index_copy(-1, self.indices, values).reshape(*batch, *self.shape)
+
+    def batch_index(self, batch_dims: int) -> Tensor:
+        """For each active coordinate, the flat position of its batch element, int64 ``[K]``.
+
+        :param batch_dims: how many leading dimensions of the site are batch dimensions.
+        """
+        return self.indices // math.prod(self.shape[batch_dims:])
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """The site as a matrix: its first dimension by all others."""
+        if not self.shape:
+            return (1, 1)
+        return (self.shape[0], math.prod(self.shape[1:]))
+
+    @cached_property
+    def csr(self) -> CSR:
+        """The site's matrix, row by row."""
+        rows, cols = self.matrix_shape
+        row = self.indices // cols
+        return CSR(_offsets(row, rows), _narrow(self.indices % cols), None, (rows, cols))
+
+    @cached_property
+    def csr_t(self) -> CSR:
+        """The transposed matrix, row by row."""
+        rows, cols = self.matrix_shape
+        perm = torch.argsort(self.indices % cols, stable=True)
+        row = (self.indices // cols)[perm]
+        crow = _offsets((self.indices % cols)[perm], cols)
+        return CSR(crow, _narrow(row), _narrow(perm), (cols, rows))
+
+
+def _narrow(indices: Tensor) -> Tensor:
+    # Every sparse library's fast path takes 32-bit indices; positions in a row always fit.
+    return indices.to(torch.int32)
+
+
+def _offsets(sorted_rows: Tensor, n: int) -> Tensor:
+    bounds = torch.arange(n + 1, device=sorted_rows.device)
+    return _narrow(torch.searchsorted(sorted_rows, bounds))
+
+
+def draw_distinct(
+    n: int,
+    k: int,
+    exclude: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Draw ``k`` distinct integers uniformly from ``range(n)``, sorted, at O(k) for k << n.
+
+    :param exclude: sorted int64 tensor of integers that must not be drawn.
+    """
+    excluded = 0 if exclude is None else len(exclude)
+    if not 0 <= k <= n - excluded:
+        raise ValueError(f"cannot draw {k} distinct integers of {n - excluded}")
+    if exclude is None:
+        exclude = torch.empty(0, dtype=torch.int64, device=device)
+    if 4 * (k + excluded) > n:
+        allowed = torch.ones(n, dtype=torch.bool, device=exclude.device)
+        pool = allowed.index_fill_(0, exclude, False).nonzero().squeeze(-1)
+    else:
+        # Rejection: at least three in four draws are new, so this ends after a few rounds.
+        pool = exclude.new_empty(0)
+        while len(pool) < k:
+            draws = torch.randint(n, (2 * (k - len(pool)) + 8,), device=exclude.device)
+            pool = torch.cat([pool, draws]).unique()
+            pool = pool[~torch.isin(pool, exclude)]
+    chosen = torch.randperm(len(pool), device=pool.device)[:k]
+    return pool[chosen].sort().values

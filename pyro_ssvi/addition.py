@@ -1,0 +1,89 @@
+"""Addition criteria: which inactive coordinates promise most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .active_set import ActiveSet, draw_distinct
+from .exchange import top_inactive
+from .gradient_record import GradientRecord
+
+__all__ = ["Addition", "Gradient", "Random", "addition_criterion"]
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Add where the loss's gradient with respect to the inactive coordinate is largest.
+
+    This is the paper's criterion (arXiv 2402.11025, section 3.3), with the expectation under q
+    estimated from the draws of ``batches`` training steps, or replaced by its value at the mean.
+
+    :param batches: gradients are averaged over the last so many steps before an exchange.
+    :param at: ``"sample"`` takes the gradient of the training steps themselves, which costs no
+        extra pass; ``"mean"`` makes an extra pass for each batch with q at its mean.
+    :param score: ``score(gradient) -> scores`` of the same shape; the largest are added.
+    """
+
+    batches: int = 1
+    at: str = "sample"
+    score: Callable[[Tensor], Tensor] = torch.abs
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.batches, int) or self.batches < 1:
+            raise ValueError(f"Gradient expects batches >= 1, got {self.batches!r}")
+        if self.at not in ("sample", "mean"):
+            raise ValueError(f"Gradient expects at='sample' or at='mean', got {self.at!r}")
+
+    def choose(self, active: ActiveSet, n: int, record: GradientRecord) -> Tensor:
+        """``n`` inactive coordinates, as flat indices.
+
+        :raises FloatingPointError: if a score is not finite.
+        """
+        finite = torch.ones((), dtype=torch.bool, device=active.device)
+
+        def block(start: int, stop: int) -> Tensor:
+            nonlocal finite
+            score = self.score(record.block(active, start, stop) / self.batches)
+            finite = finite & score.isfinite().all()
+            return score
+
+        added = top_inactive(active, n, block)
+        if not finite:
+            raise FloatingPointError("its gradient is not finite")
+        return added
+
+
+@dataclass(frozen=True)
+class Random:
+    """Add inactive coordinates drawn uniformly, as SET does."""
+
+    batches: int = 0
+
+    def choose(self, active: ActiveSet, n: int, record: GradientRecord) -> Tensor:
+        """``n`` inactive coordinates, as flat indices."""
+        return draw_distinct(active.numel(), n, exclude=active.indices)
+
+
+Addition = Gradient | Random
+ADDITION: dict[str, Addition] = {"gradient": Gradient(), "random": Random()}
+
+
+def addition_criterion(spec: str | Addition | Callable[[Tensor], Tensor]) -> Addition:
+    """The criterion of this name, or the criterion itself, or a score of the gradient.
+
+    :raises ValueError: if no criterion has this name.
+    """
+    if isinstance(spec, Gradient | Random):
+        return spec
+    if callable(spec):
+        return Gradient(score=spec)
+    if spec not in ADDITION:
+        raise ValueError(
+            f"unknown addition criterion {spec!r}; expected one of {sorted(ADDITION)}, "
+            "addition.Gradient(batches=..., at=...), or a callable(gradient) -> scores"
+        )
+    return ADDITION[spec]

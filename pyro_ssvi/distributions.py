@@ -1,0 +1,309 @@
+"""Sparse normals, and priors limited to a subspace."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import Distribution, Independent, constraints, kl_divergence, register_kl
+from torch.distributions.utils import lazy_property
+
+from .active_set import ActiveSet
+from .sparse_tensor import SparseTensor, dense_fallbacks
+
+__all__ = ["SparseNormal", "SubspaceMessenger", "SubspacePrior", "elementwise_base"]
+
+
+class SparseNormal(TorchDistribution):
+    """Independent normals at the active coordinates, and exactly 0 at all others.
+
+    This is the variational family of SSVI (arXiv 2402.11025, section 3.1): densities are with
+    respect to the subspace of the active coordinates.
+
+    :param loc: ``[*extra, K]``.
+    :param scale: ``[*extra, K]``, positive.
+    :param active: the active set, for values of ``active.shape``.
+    :param event_dim: how many dimensions of ``active.shape`` form one event (default: all);
+        the others are batch dimensions.
+    """
+
+    arg_constraints = {  # noqa: RUF012
+        "loc": constraints.real,
+        "scale": constraints.positive,
+    }
+    has_rsample = True
+
+    def __init__(
+        self,
+        loc: Tensor,
+        scale: Tensor,
+        active: ActiveSet,
+        event_dim: int | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        site_dims = len(active.shape)
+        event_dim = site_dims if event_dim is None else event_dim
+        if loc.shape != scale.shape or loc.shape[-1:] != (len(active),):
+            raise ValueError(
+                f"SparseNormal expects loc and scale [*extra, {len(active)}] for {active}, "
+                f"got {tuple(loc.shape)} and {tuple(scale.shape)}"
+            )
+        if not 0 <= event_dim <= site_dims:
+            raise ValueError(f"SparseNormal expects 0 <= event_dim <= {site_dims}, got {event_dim}")
+        self.loc, self.scale, self.active = loc, scale, active
+        self._batch_dims = site_dims - event_dim
+        super().__init__(
+            loc.shape[:-1] + active.shape[: self._batch_dims],
+            active.shape[self._batch_dims :],
+            validate_args=validate_args,
+        )
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> SparseNormal:
+        batch_shape = torch.Size(batch_shape)
+        own = self.active.shape[: self._batch_dims]
+        extra = batch_shape[: len(batch_shape) - len(own)]
+        if batch_shape[len(extra) :] != own:
+            raise ValueError(
+                f"SparseNormal of batch shape {tuple(self.batch_shape)} cannot be expanded to "
+                f"{tuple(batch_shape)}: its active set has batch shape {tuple(own)}"
+            )
+        if batch_shape == self.batch_shape:
+            return self
+        shape = (*extra, len(self.active))
+        return SparseNormal(
+            self.loc.expand(shape),
+            self.scale.expand(shape),
+            self.active,
+            len(self.event_shape),
+            validate_args=False,
+        )
+
+    def rsample(self, sample_shape: Any = ()) -> SparseTensor:
+        shape = (*sample_shape, *self.loc.shape)
+        noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+        return SparseTensor(torch.addcmul(self.loc, self.scale, noise), self.active)
+
+    @lazy_property
+    def coordinates(self) -> dist.Normal:
+        """The distribution of the active coordinates, batch shape ``[*extra, K]``."""
+        return dist.Normal(self.loc, self.scale, validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density on the subspace, ``[*batch_shape]``; -inf off it.
+
+        :param value: a SparseTensor with this active set, or a dense tensor.
+        """
+        if isinstance(value, SparseTensor) and self.active.same(value.active):
+            log_prob = self.coordinates.log_prob(value.values)
+            return sum_to_batch(log_prob, self.active, self._batch_dims)
+        dense = value.to_dense()
+        log_prob = self.coordinates.log_prob(self.active.gather(dense))
+        off = (dense != 0) & ~self.active.mask
+        event = tuple(range(-len(self.event_shape), 0))
+        outside = off.any(-1) if len(event) == 1 else off.sum(event) > 0 if event else off
+        log_prob = sum_to_batch(log_prob, self.active, self._batch_dims)
+        return log_prob.masked_fill(outside, -math.inf)
+
+    def entropy(self) -> Tensor:
+        return sum_to_batch(self.coordinates.entropy(), self.active, self._batch_dims)
+
+    @property
+    def mean(self) -> SparseTensor:
+        return SparseTensor(self.loc, self.active)
+
+    @property
+    def mode(self) -> SparseTensor:
+        return self.mean
+
+    @property
+    def variance(self) -> SparseTensor:
+        return SparseTensor(self.scale.square(), self.active)
+
+    @property
+    def stddev(self) -> SparseTensor:
+        return SparseTensor(self.scale, self.active)
+
+
+def sum_to_batch(x: Tensor, active: ActiveSet, batch_dims: int) -> Tensor:
+    """Sum the active coordinates of each batch element.
+
+    :param x: ``[*extra, K]``.
+    :return: ``[*extra, *active.shape[:batch_dims]]``.
+    """
+    if batch_dims == 0:
+        return x.sum(-1)
+    batch = active.shape[:batch_dims]
+    sums = x.new_zeros(*x.shape[:-1], math.prod(batch))
+    sums = sums.index_add(-1, active.batch_index(batch_dims), x)
+    return sums.reshape(*x.shape[:-1], *batch)
+
+
+class SubspacePrior(TorchDistribution):
+    """A prior that, for a sparse value, covers the active coordinates only.
+
+    For any other value, and for sampling, it is the prior itself. So it may stand at a site
+    whatever the site's value turns out to be.
+
+    :param prior: a distribution whose elements are independent and real-valued.
+    """
+
+    arg_constraints: dict = {}  # noqa: RUF012
+
+    def __init__(self, prior: TorchDistribution) -> None:
+        self.prior = prior
+        super().__init__(prior.batch_shape, prior.event_shape, validate_args=False)
+
+    @property
+    def has_rsample(self) -> bool:
+        return self.prior.has_rsample
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return self.prior.support
+
+    @property
+    def mean(self) -> Tensor:
+        return self.prior.mean
+
+    @property
+    def variance(self) -> Tensor:
+        return self.prior.variance
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> SubspacePrior:
+        return SubspacePrior(self.prior.expand(batch_shape))
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        return self.prior.sample(torch.Size(sample_shape))
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        return self.prior.rsample(torch.Size(sample_shape))
+
+    def entropy(self) -> Tensor:
+        return self.prior.entropy()
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density of the active coordinates, or of all where ``value`` is dense."""
+        if not isinstance(value, SparseTensor) or value.transposed:
+            return self.prior.log_prob(value)
+        base, mask = elementwise_base(self.prior)
+        restricted = restrict(base, value.active)
+        if restricted is not None:
+            log_prob = restricted.log_prob(value.values)
+        else:
+            dense_fallbacks[f"{type(base).__name__}.log_prob"] += 1
+            log_prob = value.active.gather(base.log_prob(value.to_dense()))
+        if mask is not None:
+            log_prob = log_prob.masked_fill(~_take(mask, value.active), 0.0)
+        return sum_to_batch(log_prob, value.active, len(value.active.shape) - self.event_dim)
+
+
+def elementwise_base(fn: Distribution) -> tuple[Distribution, Tensor | None]:
+    """The distribution of single elements under ``to_event()`` and ``mask()``, and their mask."""
+    mask = None
+    while isinstance(fn, Independent | dist.MaskedDistribution):
+        if isinstance(fn, dist.MaskedDistribution):
+            own = torch.as_tensor(fn._mask)
+            own = own.reshape(own.shape + (1,) * len(fn.event_shape))
+            mask = own if mask is None else mask & own
+        fn = fn.base_dist
+    return fn, None if mask is None else mask.expand(fn.batch_shape)
+
+
+def is_elementwise_real(fn: Distribution) -> bool:
+    """Whether a distribution's elements are independent and real-valued."""
+    base, _ = elementwise_base(fn)
+    try:
+        support = base.support
+    except NotImplementedError:
+        return False
+    return base.event_shape == () and isinstance(support, type(constraints.real))
+
+
+def restrict(base: Distribution, active: ActiveSet) -> Distribution | None:
+    """The distribution of the active elements of a distribution of single elements.
+
+    :param base: batch shape ``[*extra, *active.shape]``.
+    :return: batch shape ``[*extra, K]`` (or broadcasting to it), or ``None`` where the
+        distribution is not given by parameters for each element.
+    """
+    family: Any = type(base)
+    values = {}
+    for name in base.arg_constraints:
+        param = getattr(base, name, None)
+        if not isinstance(param, Tensor) or param.shape != base.batch_shape:
+            return None
+        values[name] = _take(param, active)
+    if not values:
+        return None
+    try:
+        return family(**values, validate_args=False)
+    except TypeError:  # a constructor that takes something other than its parameters
+        return None
+
+
+def _take(param: Tensor, active: ActiveSet) -> Tensor:
+    """The active entries of ``param [*extra, *shape]``, reading a repeated number once."""
+    dims = len(active.shape)
+    extra = param.dim() - dims
+    sizes = [
+        1 if stride == 0 else size for size, stride in zip(param.shape, param.stride(), strict=True)
+    ]
+    if sizes == list(param.shape):
+        return active.gather(param)
+    # Not through the view itself: the gradient of an expanded tensor has its full size.
+    source = param._base if param.requires_grad and param._base is not None else param
+    small = source.as_strided(sizes, param.stride(), param.storage_offset())
+    if all(size == 1 for size in sizes[extra:]):
+        return small.reshape(*sizes[:extra], 1)
+    places = torch.unravel_index(active.indices, active.shape)
+    flat = torch.zeros_like(active.indices)
+    for size, place in zip(sizes[extra:], places, strict=True):
+        flat = flat * size + (place if size > 1 else 0)
+    return small.reshape(*sizes[:extra], -1).index_select(-1, flat)
+
+
+@register_kl(Distribution, SubspacePrior)
+def _kl_any(p: Distribution, q: SubspacePrior) -> Tensor:
+    return kl_divergence(p, q.prior)
+
+
+@register_kl(dist.Delta, SubspacePrior)
+def _kl_delta(p: dist.Delta, q: SubspacePrior) -> Tensor:
+    return kl_divergence(p, q.prior)
+
+
+@register_kl(SparseNormal, SubspacePrior)
+def _kl_sparse(p: SparseNormal, q: SubspacePrior) -> Tensor:
+    base, mask = elementwise_base(q.prior)
+    restricted = restrict(base, p.active)
+    if restricted is None or mask is not None:
+        raise NotImplementedError  # Pyro then estimates it from the sample
+    kl = kl_divergence(p.coordinates, restricted)
+    return sum_to_batch(kl, p.active, p._batch_dims)
+
+
+class SubspaceMessenger(Messenger):
+    """Limits the priors of a model to the active coordinates of whatever sparse values it gets.
+
+    Sites with dense values keep their prior: sampling, conditioning and prediction are as
+    without this handler.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or pyro.poutine.util.site_is_subsample(msg):
+            return
+        fn = msg["fn"]
+        if isinstance(fn, SubspacePrior) or not isinstance(fn, Distribution):
+            return
+        if is_elementwise_real(fn):
+            msg["fn"] = SubspacePrior(fn)

@@ -1,0 +1,90 @@
+"""One exchange: which coordinates leave, which come, and where everything else moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .active_set import ActiveSet
+
+__all__ = ["Move", "carry", "smallest", "swap", "top_inactive"]
+
+#: Bytes of scores held at once while a site is searched for coordinates to add.
+BLOCK_BYTES = 64 * 2**20
+
+
+class Move(NamedTuple):
+    """What an exchange does to one site.
+
+    :param indices: the new active coordinates, sorted int64 ``[K]``.
+    :param source: for each of them its place among the old ones, or -1 if it is new: ``[K]``.
+    """
+
+    indices: Tensor
+    source: Tensor
+
+
+def smallest(scores: Tensor, n: int) -> Tensor:
+    """The places of the ``n`` smallest scores."""
+    return scores.topk(n, largest=False, sorted=False).indices
+
+
+def swap(active: ActiveSet, removed: Tensor, added: Tensor) -> Move:
+    """Take ``removed`` out of an active set and put ``added`` in.
+
+    :param removed: int64 ``[n]``, distinct places in ``active.indices``.
+    :param added: int64 ``[n]``, distinct flat indices of inactive coordinates.
+    """
+    k = len(active)
+    assert len(removed) == len(added)
+    kept = torch.ones(k, dtype=torch.bool, device=active.device)
+    kept = kept.index_fill_(0, removed, False).nonzero().squeeze(-1)
+    assert len(kept) + len(added) == k
+    indices, order = torch.cat([active.indices[kept], added]).sort()
+    source = torch.cat([kept, torch.full_like(added, -1)])[order]
+    return Move(indices, source)
+
+
+def carry(tensor: Tensor, source: Tensor, first: Tensor) -> None:
+    """Move a per-coordinate tensor along, in place.
+
+    :param tensor: ``[K]``.
+    :param source: ``[K]``, as in :class:`Move`.
+    :param first: ``[K]``, what new coordinates start from.
+    """
+    moved = tensor.index_select(0, source.clamp(min=0))
+    tensor.copy_(torch.where(source < 0, first, moved))
+
+
+def top_inactive(
+    active: ActiveSet,
+    n: int,
+    block: Callable[[int, int], Tensor],
+    block_bytes: int | None = None,
+) -> Tensor:
+    """The ``n`` inactive coordinates with the largest scores, as flat indices.
+
+    Scores are asked for by blocks of rows, and only the best so far are kept: the memory
+    needed does not grow with the site.
+
+    :param block: ``block(start, stop)`` gives the scores of these rows of the site's matrix.
+    :param block_bytes: size of a block of float32 scores, :data:`BLOCK_BYTES` by default.
+    """
+    rows, cols = active.matrix_shape
+    step = max(1, (BLOCK_BYTES if block_bytes is None else block_bytes) // (4 * cols))
+    best_score = best_index = active.indices.new_empty(0)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        score = block(start, stop).reshape(-1).clone()
+        bounds = torch.tensor([start * cols, stop * cols], device=active.device)
+        first, last = torch.searchsorted(active.indices, bounds).tolist()
+        score.index_fill_(0, active.indices[first:last] - start * cols, float("-inf"))
+        score, index = score.topk(min(n, len(score)), sorted=False)
+        index = index + start * cols
+        score, index = torch.cat([best_score.to(score), score]), torch.cat([best_index, index])
+        best_score, place = score.topk(min(n, len(score)), sorted=False)
+        best_index = index[place]
+    return best_index

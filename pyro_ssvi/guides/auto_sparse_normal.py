@@ -1,0 +1,332 @@
+"""A sparse mean-field normal guide."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide.initialization import init_to_feasible
+from pyro.infer.autoguide.utils import helpful_support_errors
+from pyro.nn import PyroParam
+from pyro.ops.tensor_utils import periodic_repeat
+from torch import Tensor
+from torch.distributions import biject_to, transform_to
+
+from ..active_set import ActiveSet
+from ..distributions import SparseNormal, is_elementwise_real
+from ..exchange import Move, carry
+from ..sparse_tensor import SparseTensor
+from .prototype import Density, SparseInitMessenger, check_density
+from .summary import Summary
+
+__all__ = ["AutoSparseNormal"]
+
+
+@dataclass
+class _Site:
+    """Where a latent site lies in the flat parameters, and how its value is made from them."""
+
+    name: str
+    shape: torch.Size  # of the unconstrained value, before any subsampling
+    dtype: torch.dtype
+    event_dim: int  # of the unconstrained value
+    k: int
+    frames: list
+    transform: Any  # None for a real-valued site
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.k < math.prod(self.shape)
+
+
+class AutoSparseNormal(AutoGuide):
+    """A drop-in for :class:`~pyro.infer.autoguide.AutoNormal` with sparse support.
+
+    A latent site with D elements gets K = density·D *active* coordinates with independent
+    normal posteriors; all others are exactly 0 and cost nothing. Train it with
+    :class:`~pyro_ssvi.SSVI`, which exchanges active coordinates as training goes on::
+
+        guide = AutoSparseNormal(model, density=0.05)
+        svi = SSVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
+
+    Sparse are real-valued sites with two or more dimensions and independent elements. Sites
+    that are constrained, have fewer dimensions, or are local to a subsampled plate are dense,
+    as in AutoNormal, and so is everything at ``density=1``.
+
+    All sites share two parameters, ``loc`` and ``scale``, each a vector of the active
+    coordinates of one site after the other: an optimizer handles two tensors, whatever the
+    number of sites.
+
+    :param model: a Pyro model.
+    :param density: share of active coordinates, in (0, 1]: a number for all sites that are
+        sparse by default; or a mapping from names of sites (all others are dense; a 1-d site
+        is sparse only if named here); or a ``callable(name, shape)``, asked about each site
+        that is sparse by default.
+    :param init_loc_fn: a per-site initialization function, see Pyro's autoguide documentation.
+        Pyro's own functions draw K numbers for a sparse site; any other gives a value of the
+        site's full shape once, of which the active entries are taken.
+    :param init_scale: initial standard deviation of each (unconstrained) active coordinate.
+    :param create_plates: as for AutoNormal.
+    :raises ValueError: at once for a density outside (0, 1]; at the first call for a name that
+        the model does not have, a site that cannot be sparse, or one that would get no active
+        coordinates.
+    """
+
+    scale_constraint = constraints.softplus_positive
+
+    def __init__(
+        self,
+        model: Callable,
+        *,
+        density: Density = 0.1,
+        init_loc_fn: Callable = init_to_feasible,
+        init_scale: float = 0.1,
+        create_plates: Callable | None = None,
+    ) -> None:
+        if isinstance(density, Mapping):
+            density = {name: check_density(value, name) for name, value in density.items()}
+        elif not callable(density):
+            density = check_density(density)
+        if not isinstance(init_scale, float) or not init_scale > 0:
+            raise ValueError(f"expected a float init_scale > 0, got {init_scale!r}")
+        self.density = density
+        self.init_loc_fn = init_loc_fn
+        self._init_scale = init_scale
+        super().__init__(
+            SparseInitMessenger(init_loc_fn, density)(model), create_plates=create_plates
+        )
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._setup_prototype(*args, **kwargs)
+            self._setup_parameters()
+        except BaseException:
+            self.prototype_trace = None  # or the next call would take the set-up for done
+            raise
+
+    def _setup_parameters(self) -> None:
+        trace: Any = self.prototype_trace
+        latents = dict(trace.iter_stochastic_nodes())
+        if isinstance(self.density, Mapping):
+            unknown = sorted(set(self.density) - set(latents))
+            if unknown:
+                raise ValueError(
+                    f"density names {unknown}, but the model's latent sites are {list(latents)}"
+                )
+        sites, locs, indices = [], [], []
+        for name, node in latents.items():
+            site, loc = self._setup_site(name, node)
+            sites.append(site)
+            locs.append(loc)
+            if site.is_sparse:
+                indices.append(node["value"].active.indices)
+        if not sites:
+            raise RuntimeError(f"{type(self).__name__} found no latent variables")
+        devices = {str(loc.device): site.name for loc, site in zip(locs, sites, strict=True)}
+        if len(devices) > 1:
+            raise ValueError(f"latent sites must be on one device, got (device: site) {devices}")
+        self._refuse_stale_store()
+        loc = torch.cat(locs)
+        self._sites = sites
+        self.loc = PyroParam(loc, constraints.real)
+        self.scale = PyroParam(torch.full_like(loc, self._init_scale), self.scale_constraint)
+        flat = torch.cat(indices) if indices else loc.new_empty(0, dtype=torch.int64)
+        self.register_buffer("indices", flat)
+        self._made_from: tuple[Tensor | None, int] = (None, 0)
+
+    def _setup_site(self, name: str, node: Any) -> tuple[_Site, Tensor]:
+        fn, value = node["fn"], node["value"]
+        frames = [frame for frame in node["cond_indep_stack"] if frame.vectorized]
+        if isinstance(value, SparseTensor):
+            site = _Site(
+                name, value.shape, value.dtype, fn.event_dim, len(value.active), frames, None
+            )
+            return site, value.values.detach()
+        transform = None
+        loc = value.detach()
+        if not is_elementwise_real(fn):
+            with helpful_support_errors(node):
+                transform = biject_to(fn.support)
+                loc = transform.inv(loc)
+        event_dim = fn.event_dim + loc.dim() - value.dim()
+        for frame in frames:
+            full_size = frame.full_size or frame.size
+            if full_size != frame.size:
+                loc = periodic_repeat(loc, full_size, frame.dim - event_dim)
+        site = _Site(name, loc.shape, loc.dtype, event_dim, loc.numel(), frames, transform)
+        return site, loc.reshape(-1)
+
+    def _refuse_stale_store(self) -> None:
+        name = f"{self._pyro_name}.loc" if self._pyro_name else "loc"
+        if name in pyro.get_param_store():
+            raise ValueError(
+                f"the parameter store already holds {name!r}, of another guide whose active sets "
+                "it does not know. Call pyro.clear_param_store() before you make a new guide; to "
+                "take up training again use guide.load_state_dict(...)"
+            )
+
+    def _require_setup(self) -> None:
+        if self.prototype_trace is None:
+            raise RuntimeError(
+                f"{type(self).__name__} has no parameters before it has seen data: call "
+                "guide(*args, **kwargs) once with the model's arguments, or take a step"
+            )
+
+    @property
+    def active_sets(self) -> dict[str, ActiveSet]:
+        """The active set of each latent site; that of a dense site is full.
+
+        :raises RuntimeError: if the guide has not seen data.
+        """
+        self._require_setup()
+        # The buffer changes by an exchange, a load_state_dict() or a move to a device.
+        buffer, version = self._made_from
+        if buffer is not self.indices or version != self.indices._version:
+            sizes = [site.k for site in self._sites if site.is_sparse]
+            parts = iter(self.indices.clone().split(sizes))
+            self._active_sets = {
+                site.name: ActiveSet(next(parts), site.shape)
+                if site.is_sparse
+                else ActiveSet.full(site.shape, self.indices.device)
+                for site in self._sites
+            }
+            self._made_from = (self.indices, self.indices._version)
+        return self._active_sets
+
+    def _split(self, *flat: Tensor) -> list[tuple[Tensor, ...]]:
+        """Vectors of all active coordinates as a tuple for each site."""
+        sizes = [site.k for site in self._sites]
+        # One split has one backward; a slice for each site would have one of full size each.
+        return list(zip(*(vector.split(sizes) for vector in flat), strict=True))
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Sample all latent sites, given the same ``*args, **kwargs`` as the model.
+
+        :return: a value for each latent site: a :class:`~pyro_ssvi.SparseTensor` or a tensor.
+        """
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        plates = self._create_plates(*args, **kwargs)
+        result = {}
+        for site, (loc, scale) in zip(self._sites, self._split(self.loc, self.scale), strict=True):
+            with ExitStack() as stack:
+                for frame in site.frames:
+                    stack.enter_context(plates[frame.name])
+                result[site.name] = pyro.sample(site.name, self._posterior(site, loc, scale))
+        return result
+
+    def _posterior(self, site: _Site, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
+        loc, scale = loc.to(site.dtype), scale.to(site.dtype)
+        if site.is_sparse:
+            return SparseNormal(loc, scale, self.active_sets[site.name], site.event_dim)
+        loc, scale = loc.reshape(site.shape), scale.reshape(site.shape)
+        if site.frames:
+            loc = pyro.subsample(loc, event_dim=site.event_dim)
+            scale = pyro.subsample(scale, event_dim=site.event_dim)
+        normal = dist.Normal(loc, scale).to_event(site.event_dim)
+        if site.transform is None:
+            return normal
+        # With its cache, log_prob() needs no inverse: the sample's gradient is exact.
+        return dist.TransformedDistribution(normal, [site.transform.with_cache()])
+
+    def exchange(self, moves: Mapping[str, Move], new_scale: float | str = "mean") -> Tensor:
+        """Exchange active coordinates: new ones start at loc 0.
+
+        :param moves: what happens to which site.
+        :param new_scale: standard deviation of new coordinates: a number, or ``"mean"`` for the
+            mean of those of the site's coordinates that stay.
+        :return: for each entry of the flat parameters, where it came from, or -1 if it is new:
+            int64, for carrying an optimizer's state along.
+        """
+        loc, raw = self.parameters_in_place()
+        with torch.no_grad():
+            constraint = transform_to(self.scale_constraint)
+            source = torch.arange(len(loc), device=loc.device)
+            first = torch.empty_like(raw)
+            indices = []
+            start = 0
+            for site, (scale,) in zip(self._sites, self._split(constraint(raw)), strict=True):
+                move = moves.get(site.name)
+                if move is not None:
+                    part = slice(start, start + site.k)
+                    source[part] = torch.where(move.source < 0, -1, move.source + start)
+                    stays = scale[move.source[move.source >= 0]]
+                    if isinstance(new_scale, str):
+                        first[part] = (stays if len(stays) else scale).mean()
+                    else:
+                        first[part] = new_scale
+                if site.is_sparse:
+                    active = self.active_sets[site.name]
+                    indices.append(active.indices if move is None else move.indices)
+                start += site.k
+            carry(loc, source, torch.zeros_like(loc))
+            carry(raw, source, constraint.inv(first))
+            self.indices = torch.cat(indices)
+        return source
+
+    def parameters_in_place(self) -> tuple[Tensor, Tensor]:
+        """The two parameters that an optimizer holds: ``loc`` and the unconstrained ``scale``."""
+        self._require_setup()
+        return self.loc_unconstrained, self.scale_unconstrained
+
+    @torch.no_grad()
+    def posterior(self) -> dict[str, dist.TorchDistribution]:
+        """The posterior of each latent site as it stands, for its full size if it is subsampled.
+
+        :raises RuntimeError: if the guide has not seen data.
+        """
+        self._require_setup()
+        parts = self._split(self.loc.clone(), self.scale.clone())
+        return {
+            site.name: self._posterior(site, loc, scale)
+            for site, (loc, scale) in zip(self._sites, parts, strict=True)
+        }
+
+    @torch.no_grad()
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The posterior median of each latent site, as a dense tensor.
+
+        :raises RuntimeError: if the guide has not seen data.
+        """
+        return {name: value[0] for name, value in self.quantiles([0.5]).items()}
+
+    @torch.no_grad()
+    def quantiles(
+        self, quantiles: Tensor | list[float], *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Posterior quantiles of each latent site, as dense tensors, 0 where inactive::
+
+            guide.quantiles([0.05, 0.5, 0.95])
+
+        :param quantiles: numbers between 0 and 1, ``[n]``.
+        :return: ``[n, *shape]`` for each site.
+        :raises RuntimeError: if the guide has not seen data.
+        """
+        self._require_setup()
+        results = {}
+        for site, (loc, scale) in zip(self._sites, self._split(self.loc, self.scale), strict=True):
+            loc, scale = loc.to(site.dtype), scale.to(site.dtype)
+            q = torch.as_tensor(quantiles, dtype=loc.dtype, device=loc.device).reshape(-1, 1)
+            values = dist.Normal(loc, scale).icdf(q)
+            if site.is_sparse:
+                results[site.name] = self.active_sets[site.name].scatter(values)
+            else:
+                values = values.reshape(-1, *site.shape)
+                results[site.name] = values if site.transform is None else site.transform(values)
+        return results
+
+    def summary(self) -> Summary:
+        """Each site's shape, active coordinates, and bytes beside those of AutoNormal.
+
+        :raises RuntimeError: if the guide has not seen data.
+        """
+        self._require_setup()
+        return Summary.of(self.active_sets, self.loc.element_size())

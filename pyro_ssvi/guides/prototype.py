@@ -1,0 +1,139 @@
+"""The first run of a model: which sites are sparse, and where they start."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from pyro.infer.autoguide.initialization import (
+    InitMessenger,
+    init_to_feasible,
+    init_to_mean,
+    init_to_median,
+    init_to_sample,
+    init_to_uniform,
+)
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from ..active_set import ActiveSet
+from ..distributions import elementwise_base, is_elementwise_real, restrict
+from ..sparse_tensor import SparseTensor
+
+__all__ = ["Density", "SparseInitMessenger", "check_density"]
+
+Density = float | Mapping[str, float] | Callable[[str, torch.Size], float]
+
+# These treat every element alike: K of them need not be picked out of D.
+_ELEMENTWISE = {
+    init_to_feasible,
+    init_to_mean,
+    init_to_median,
+    init_to_sample,
+    init_to_uniform,
+}
+
+
+def check_density(density: Any, site: str | None = None) -> float:
+    """``density`` as a float.
+
+    :raises ValueError: if it is not a number in (0, 1].
+    """
+    number = isinstance(density, float | int) and not isinstance(density, bool)
+    if not number or not 0 < density <= 1:
+        where = "" if site is None else f" of site {site!r}"
+        raise ValueError(f"expected a density{where} in (0, 1], got {density!r}")
+    return float(density)
+
+
+class SparseInitMessenger(InitMessenger):
+    """Gives each latent site its first value: sparse, on a random active set, or dense.
+
+    Nothing of a sparse site's full size is drawn, unless ``init_loc_fn`` is a function of the
+    user's that draws it.
+
+    :param init_loc_fn: as for Pyro's autoguides.
+    :param density: a number for every site that is sparse by default, or a mapping from names,
+        or a callable of name and shape.
+    """
+
+    def __init__(self, init_loc_fn: Callable, density: Density) -> None:
+        super().__init__(init_loc_fn)
+        self.density = density
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["value"] is not None or site_is_subsample(msg):
+            return
+        density = self._density(msg)
+        if density == 1:
+            super()._pyro_sample(msg)
+        else:
+            msg["value"] = self._sparse_value(msg, density)
+
+    def _density(self, msg: Any) -> float:
+        name, shape = msg["name"], msg["fn"].shape()
+        named = isinstance(self.density, Mapping) and name in self.density
+        if isinstance(self.density, Mapping) and not named:
+            return 1.0
+        refusal = _why_not_sparse(msg)
+        if named:
+            assert isinstance(self.density, Mapping)
+            density = check_density(self.density[name], name)
+            if density < 1 and refusal is not None:
+                raise ValueError(
+                    f"site {name!r} cannot be sparse: {refusal}. "
+                    f"Leave it out of density=, or set density={{{name!r}: 1.0, ...}}"
+                )
+            return density
+        if refusal is not None or len(shape) < 2:
+            return 1.0
+        if callable(self.density):
+            return check_density(self.density(name, shape), name)
+        assert isinstance(self.density, float)
+        return self.density
+
+    def _sparse_value(self, msg: Any, density: float) -> SparseTensor:
+        name, fn = msg["name"], msg["fn"]
+        numel = math.prod(fn.shape())
+        k = math.floor(density * numel + 0.5)
+        if k == 0:
+            raise ValueError(
+                f"site {name!r} of shape {tuple(fn.shape())} would get 0 active coordinates at "
+                f"density {density:g}: use at least {1 / numel:.3g} there, or leave it dense with "
+                f"density={{..., {name!r}: 1.0}}"
+            )
+        base, _ = elementwise_base(fn)
+        like = _prior_number(base)
+        active = ActiveSet.random(fn.shape(), k, device=like.device)
+        elementwise = getattr(self.init_fn, "func", self.init_fn) in _ELEMENTWISE
+        restricted = restrict(base, active) if elementwise else None
+        with torch.no_grad():
+            if restricted is not None:
+                fn = restricted.expand(torch.Size([k]))
+                value = self.init_fn({**msg, "fn": fn, "value": None})
+            else:
+                value = active.gather(self.init_fn(msg).detach())
+        return SparseTensor(value.to(like), active)
+
+
+def _why_not_sparse(msg: Any) -> str | None:
+    fn = msg["fn"]
+    if fn.support.is_discrete:
+        return "it is discrete"
+    if not is_elementwise_real(fn):
+        return f"its prior {fn} is not a distribution of independent real numbers"
+    for frame in msg["cond_indep_stack"]:
+        if frame.vectorized and frame.full_size not in (None, frame.size):
+            return f"it is local to the subsampled plate {frame.name!r}"
+    return None
+
+
+def _prior_number(base: Any) -> Tensor:
+    """Any number of the prior's, for its dtype and device."""
+    for name in base.arg_constraints:
+        param = getattr(base, name, None)
+        if isinstance(param, Tensor) and param.is_floating_point():
+            return param
+    return base.sample()

@@ -1,0 +1,259 @@
+"""Sparse subspace variational inference."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions import Normal, TransformedDistribution
+from pyro.infer import SVI, JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceMeanField_ELBO
+from pyro.infer.tracegraph_elbo import JitTraceGraph_ELBO
+from pyro.infer.util import zero_grads
+from pyro.optim import PyroOptim
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from .addition import Addition, Gradient, addition_criterion
+from .criteria import removal_criterion
+from .distributions import SparseNormal, SubspaceMessenger, elementwise_base
+from .errors import NonFiniteWarning
+from .exchange import Move, smallest, swap
+from .gradient_record import GradientRecord
+from .guides import AutoSparseNormal
+from .optimizer_state import carry_state
+from .schedules import CosineSchedule, Schedule
+
+__all__ = ["SSVI", "SubspaceModel"]
+
+_JIT = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
+
+
+class SubspaceModel(torch.nn.Module):
+    """A model whose priors cover only the active coordinates of a sparse guide's sites.
+
+    :class:`SSVI` wraps its model in this. Use it yourself with :class:`pyro.infer.SVI`, or with
+    an ELBO in a loop of your own::
+
+        elbo = Trace_ELBO()(SubspaceModel(model), guide)
+
+    :param model: a Pyro model; if it is a module, it is registered as one.
+    """
+
+    def __init__(self, model: Callable) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        with SubspaceMessenger():
+            return self.model(*args, **kwargs)
+
+
+class SSVI(SVI):
+    """Sparse subspace variational inference (Li, Miao, Qiu, Zhang, ICLR 2024).
+
+    Takes the place of :class:`pyro.infer.SVI` for an :class:`AutoSparseNormal`, or for a guide
+    with such parts. Every step is a step of SVI. After the steps that the schedule names, each
+    sparse site exchanges coordinates: the active ones that matter least are removed and as many
+    inactive ones that promise most are added, so their number never changes::
+
+        svi = SSVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO(),
+                   schedule=CosineSchedule(stop=int(0.75 * num_steps)))
+        loss = svi.step(x, y)
+
+    :param model: a Pyro model. Its priors cover active coordinates only.
+    :param guide: an :class:`AutoSparseNormal`, or a module that contains some.
+    :param optim: a Pyro optimizer. Its state follows its coordinate.
+    :param loss: an ELBO; those that compile with torch.jit would keep the first active set.
+    :param removal: name of a criterion in :mod:`pyro_ssvi.criteria`, or a ``callable(loc, scale)``
+        that gives scores; the smallest are removed.
+    :param addition: ``"gradient"``, ``"random"``, an instance of a class in
+        :mod:`pyro_ssvi.addition`, or a ``callable(gradient)`` that gives scores; the largest are
+        added.
+    :param schedule: when to exchange which share, see :mod:`pyro_ssvi.schedules`. Set ``stop``
+        to about three quarters of your number of steps.
+    :param new_scale: standard deviation of an added coordinate, or ``"mean"``: the mean of those
+        of its site that stay.
+    :param kl_weight: factor of the KL divergence from the prior (and not of the likelihood): a
+        number, or a callable of the number of steps taken so far.
+    :raises ValueError: for an unknown criterion or an unsuitable loss or schedule.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        guide: Callable,
+        optim: PyroOptim,
+        loss: Any,
+        *,
+        removal: str | Callable[[Tensor, Tensor], Tensor] = "snr_abs",
+        addition: str | Addition | Callable[[Tensor], Tensor] = "gradient",
+        schedule: Schedule | None = None,
+        new_scale: float | str = "mean",
+        kl_weight: float | Callable[[int], float] = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(loss, _JIT):
+            raise ValueError(
+                f"{type(loss).__name__} would go on with the first active set: "
+                f"use {type(loss).__name__.removeprefix('Jit')}"
+            )
+        if new_scale != "mean" and not (isinstance(new_scale, float) and new_scale > 0):
+            raise ValueError(f"expected new_scale='mean' or a float > 0, got {new_scale!r}")
+        super().__init__(SubspaceModel(model), guide, optim, loss, **kwargs)
+        self.removal = removal_criterion(removal)
+        self.addition = addition_criterion(addition)
+        self.schedule = CosineSchedule() if schedule is None else schedule
+        if self.addition.batches > self.schedule.every:
+            raise ValueError(
+                f"addition averages over {self.addition.batches} batches, but the schedule "
+                f"exchanges every {self.schedule.every} steps"
+            )
+        self.new_scale = new_scale
+        self.kl_weight = kl_weight
+        #: Number of steps taken.
+        self.steps = 0
+        self._record = GradientRecord()
+
+    @property
+    def guides(self) -> list[AutoSparseNormal]:
+        """The sparse guides that take part in exchanges."""
+        if not isinstance(self.guide, torch.nn.Module):
+            return []
+        return [part for part in self.guide.modules() if isinstance(part, AutoSparseNormal)]
+
+    def step(self, *args: Any, **kwargs: Any) -> float:
+        """Take a gradient step, then exchange coordinates if the schedule says so.
+
+        :return: the estimate of the loss, as :meth:`pyro.infer.SVI.step`.
+        """
+        now = self.steps + 1
+        feeds_exchange = any(self.schedule.due(now + i) for i in range(self.addition.batches))
+        with ExitStack() as stack:
+            stack.enter_context(self._tempered())
+            if feeds_exchange:
+                self._collect(stack, args, kwargs)
+            loss = super().step(*args, **kwargs)
+        self.steps = now
+        if self.schedule.due(now):
+            self._exchange(self.schedule.share(now))
+        return loss
+
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
+        """The estimate of the loss, without a step."""
+        with self._tempered():
+            return super().evaluate_loss(*args, **kwargs)
+
+    def exchange(self, *args: Any, share: float | None = None, **kwargs: Any) -> dict[str, int]:
+        """Exchange coordinates now, by the gradient of one batch, and take no step.
+
+        :param share: of each site's active coordinates; by default what the schedule says at
+            this step.
+        :return: how many coordinates of each site were exchanged.
+        """
+        self._record = GradientRecord()
+        if isinstance(self.addition, Gradient):
+            self._backward(args, kwargs)
+        return self._exchange(self.schedule.share(self.steps) if share is None else share)
+
+    @contextmanager
+    def _tempered(self) -> Iterator[None]:
+        weight = self.kl_weight(self.steps) if callable(self.kl_weight) else self.kl_weight
+        if weight == 1.0:
+            yield
+        else:
+            with _LatentScale(weight):
+                yield
+
+    def _collect(self, stack: ExitStack, args: tuple, kwargs: dict) -> None:
+        """Have the gradient of whole sites recorded, in the step itself where that will do."""
+        assert isinstance(self.addition, Gradient)
+        if self.addition.at == "sample":
+            stack.enter_context(self._record)
+        else:
+            self._backward(args, kwargs)
+
+    def _backward(self, args: tuple, kwargs: dict) -> None:
+        """Record the gradient of one batch, and leave none with the parameters."""
+        at_mean = isinstance(self.addition, Gradient) and self.addition.at == "mean"
+        guide = _AtMean()(self.guide) if at_mean else self.guide
+        with poutine.trace(param_only=True) as capture, self._tempered(), self._record:
+            self.loss_and_grads(self.model, guide, *args, **kwargs)
+        zero_grads({node["value"].unconstrained() for node in capture.trace.nodes.values()})
+
+    def _exchange(self, share: float) -> dict[str, int]:
+        record, self._record = self._record, GradientRecord()
+        try:
+            # All sites are decided before any is changed.
+            plans = [(guide, self._plan(guide, share, record)) for guide in self.guides]
+        except FloatingPointError as error:
+            warnings.warn(
+                f"exchange after step {self.steps} skipped: {error}",
+                NonFiniteWarning,
+                stacklevel=3,
+            )
+            return {}
+        for guide, moves in plans:
+            source = guide.exchange(moves, self.new_scale)
+            for param in guide.parameters_in_place():
+                carry_state(self.optim, param, source)
+        return {
+            name: int((move.source < 0).sum()) for _, moves in plans for name, move in moves.items()
+        }
+
+    @torch.no_grad()
+    def _plan(self, guide: AutoSparseNormal, share: float, record: GradientRecord) -> dict:
+        moves: dict[str, Move] = {}
+        posterior = guide.posterior()
+        for name, active in guide.active_sets.items():
+            n = min(math.floor(share * len(active) + 0.5), active.numel() - len(active))
+            if n == 0:
+                continue
+            if isinstance(self.addition, Gradient) and active not in record:
+                continue  # the loss does not depend on this site: no coordinate promises anything
+            scores = self.removal(posterior[name].loc, posterior[name].scale)
+            if scores.shape != (len(active),):
+                raise ValueError(
+                    f"the removal criterion gave scores {tuple(scores.shape)} for site {name!r}, "
+                    f"expected ({len(active)},)"
+                )
+            if not scores.isfinite().all():
+                raise FloatingPointError(f"the removal scores of site {name!r} are not finite")
+            try:
+                added = self.addition.choose(active, n, record)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"site {name!r}: {error}") from None
+            moves[name] = swap(active, smallest(scores, n), added)
+        return moves
+
+
+class _LatentScale(Messenger):
+    """Multiplies the log densities of latent sites, in model and guide alike."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and not site_is_subsample(msg):
+            msg["scale"] = msg["scale"] * self.factor
+
+
+class _AtMean(Messenger):
+    """Puts the normals of a guide at their mean (before the transform to a constrained site)."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn, transforms = msg["fn"], []
+        if isinstance(fn, TransformedDistribution):
+            fn, transforms = fn.base_dist, fn.transforms
+        if isinstance(elementwise_base(fn)[0], SparseNormal | Normal):
+            value = fn.mean
+            for transform in transforms:
+                value = transform(value)
+            msg["value"], msg["done"] = value, True

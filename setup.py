@@ -1,0 +1,43 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+init = (here / "pyro_ssvi" / "__init__.py").read_text()
+version = re.search(r'^__version__ = "(.+)"$', init, re.MULTILINE).group(1)
+
+# What the examples need beyond `import pyro_ssvi`.
+examples = [
+    "matplotlib>=3.7",
+    "scikit-learn>=1.3",
+    "torchmetrics>=1.2",
+    "torchvision>=0.17",
+    "tqdm>=4.60",
+]
+docs = ["furo", "myst-parser", "sphinx>=7"]
+dev = ["hypothesis>=6.80", "mypy>=1.8", "pytest>=7.4", "ruff>=0.4"]
+
+setup(
+    name="pyro-ssvi",
+    version=version,
+    description="Sparse autoguides for Pyro: sparse subspace variational inference",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["pyro_ssvi", "pyro_ssvi.*"]),
+    package_data={"pyro_ssvi": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=["pyro-ppl>=1.9.1", "torch>=2.2"],
+    extras_require={"examples": examples, "docs": docs, "dev": dev + examples},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

@@ -1,0 +1,63 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_active_set import active_sets
+
+from pyro_ssvi import ActiveSet
+from pyro_ssvi.active_set import draw_distinct
+from pyro_ssvi.exchange import carry, smallest, swap, top_inactive
+
+
+@given(active_sets(), st.data())
+def test_swap_keeps_a_sorted_set_of_k(active, data):
+    n = data.draw(st.integers(0, min(len(active), active.numel() - len(active))))
+    removed = torch.randperm(len(active))[:n]
+    added = draw_distinct(active.numel(), n, exclude=active.indices)[torch.randperm(n)]
+    move = swap(active, removed, added)
+
+    after = ActiveSet(move.indices, active.shape)  # checks that it is a sorted set
+    assert len(after) == len(active)
+    expected = set(active.indices.tolist()) - set(active.indices[removed].tolist())
+    assert set(move.indices.tolist()) == expected | set(added.tolist())
+
+    kept = move.source >= 0
+    assert torch.equal(active.indices[move.source[kept]], move.indices[kept])
+    assert set(move.indices[~kept].tolist()) == set(added.tolist())
+
+
+@given(active_sets(), st.data())
+def test_carry_follows_the_coordinate_bit_by_bit(active, data):
+    n = data.draw(st.integers(0, min(len(active), active.numel() - len(active))))
+    added = draw_distinct(active.numel(), n, exclude=active.indices)
+    move = swap(active, torch.randperm(len(active))[:n], added)
+    tensor = torch.randn(len(active))
+    before = active.scatter(tensor).flatten()
+    before[added] = 7.0
+    carry(tensor, move.source, torch.full_like(tensor, 7.0))
+    assert torch.equal(tensor, before[move.indices])
+
+
+def test_swap_asserts_what_the_caller_owes():
+    active = ActiveSet(torch.tensor([0, 2, 3]), (5,))
+    with pytest.raises(AssertionError):
+        swap(active, torch.tensor([0, 1]), torch.tensor([1]))
+    with pytest.raises(AssertionError):
+        swap(active, torch.tensor([0, 0]), torch.tensor([1, 4]))
+
+
+def test_smallest():
+    scores = torch.tensor([3.0, 1.0, 2.0, 0.5])
+    assert set(smallest(scores, 2).tolist()) == {1, 3}
+
+
+@given(active_sets(), st.integers(1, 400), st.data())
+def test_top_inactive_equals_a_full_sort(active, block_bytes, data):
+    n = data.draw(st.integers(0, active.numel() - len(active)))
+    scores = torch.randperm(active.numel()).float()  # no ties
+    matrix = scores.reshape(active.matrix_shape)
+    found = top_inactive(active, n, lambda a, b: matrix[a:b], block_bytes)
+    inactive = (~active.mask).flatten().nonzero().squeeze(-1)
+    expected = inactive[scores[inactive].argsort(descending=True)[:n]]
+    assert set(found.tolist()) == set(expected.tolist())
+    assert torch.equal(matrix.flatten(), scores)  # what the block gave is left alone
