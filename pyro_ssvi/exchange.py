@@ -21,10 +21,12 @@ class Move(NamedTuple):
 
     :param indices: the new active coordinates, sorted int64 ``[K]``.
     :param source: for each of them its place among the old ones, or -1 if it is new: ``[K]``.
+    :param count: how many are new.
     """
 
     indices: Tensor
     source: Tensor
+    count: int
 
 
 def smallest(scores: Tensor, n: int) -> Tensor:
@@ -38,14 +40,14 @@ def swap(active: ActiveSet, removed: Tensor, added: Tensor) -> Move:
     :param removed: int64 ``[n]``, distinct places in ``active.indices``.
     :param added: int64 ``[n]``, distinct flat indices of inactive coordinates.
     """
-    k = len(active)
     assert len(removed) == len(added)
-    kept = torch.ones(k, dtype=torch.bool, device=active.device)
-    kept = kept.index_fill_(0, removed, False).nonzero().squeeze(-1)
-    assert len(kept) + len(added) == k
+    leaves = torch.zeros(len(active), dtype=torch.int8, device=active.device)
+    leaves.index_fill_(0, removed, 1)
+    # Those that stay come first: a sort, where nonzero() would wait for the device.
+    kept = leaves.argsort(stable=True)[: len(active) - len(removed)]
     indices, order = torch.cat([active.indices[kept], added]).sort()
     source = torch.cat([kept, torch.full_like(added, -1)])[order]
-    return Move(indices, source)
+    return Move(indices, source, len(added))
 
 
 def carry(tensor: Tensor, source: Tensor, first: Tensor) -> None:
@@ -79,9 +81,12 @@ def top_inactive(
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         score = block(start, stop).reshape(-1).clone()
-        bounds = torch.tensor([start * cols, stop * cols], device=active.device)
-        first, last = torch.searchsorted(active.indices, bounds).tolist()
-        score.index_fill_(0, active.indices[first:last] - start * cols, float("-inf"))
+        inside = active.indices
+        if step < rows:
+            bounds = torch.tensor([start * cols, stop * cols], device=active.device)
+            first, last = torch.searchsorted(active.indices, bounds).tolist()
+            inside = inside[first:last] - start * cols
+        score.index_fill_(0, inside, float("-inf"))
         score, index = score.topk(min(n, len(score)), sorted=False)
         index = index + start * cols
         score, index = torch.cat([best_score.to(score), score]), torch.cat([best_index, index])

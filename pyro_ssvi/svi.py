@@ -204,7 +204,7 @@ class SSVI(SVI):
             for param in guide.parameters_in_place():
                 carry_state(self.optim, param, source)
         return {
-            name: int((move.source < 0).sum()) for _, moves in plans for name, move in moves.items()
+            name: move.count for _, moves in plans for name, move in moves.items()
         }
 
     @torch.no_grad()
