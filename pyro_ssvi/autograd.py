@@ -17,14 +17,17 @@ __all__ = ["matmul", "scatter"]
 
 class _Matmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, x: Tensor, active: ActiveSet, transposed: bool) -> Tensor:
+    def forward(
+        ctx: Any, values: Tensor, x: Tensor, active: ActiveSet, transposed: bool, record: bool
+    ) -> Tensor:
         ctx.save_for_backward(values, x)
-        ctx.active, ctx.transposed, ctx.record = active, transposed, recording()
+        ctx.active, ctx.transposed = active, transposed
+        ctx.record = recording() if record else None
         return kernels.matmul(active, values, x, transposed)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         values, x = ctx.saved_tensors
         # W @ x has the gradient g @ x.T, W.T @ x has x @ g.T: rows first, columns second.
         rows, cols = (x, g) if ctx.transposed else (g, x)
@@ -35,7 +38,7 @@ class _Matmul(torch.autograd.Function):
             grad_values = kernels.sampled(ctx.active, rows, cols)
         if ctx.needs_input_grad[1]:
             grad_x = kernels.matmul(ctx.active, values, g, not ctx.transposed)
-        return grad_values, grad_x, None, None
+        return grad_values, grad_x, None, None, None
 
 
 class _Scatter(torch.autograd.Function):
@@ -51,14 +54,17 @@ class _Scatter(torch.autograd.Function):
         return ctx.active.gather(g), None
 
 
-def matmul(values: Tensor, active: ActiveSet, x: Tensor, transposed: bool = False) -> Tensor:
+def matmul(
+    values: Tensor, active: ActiveSet, x: Tensor, transposed: bool = False, record: bool = True
+) -> Tensor:
     """The site's matrix, or its transpose, times a dense one; differentiable once.
 
     :param values: ``[K]``.
     :param x: ``[m, b]``, or ``[n, b]`` if ``transposed``.
+    :param record: whether an open :class:`GradientRecord` should hear of the gradient.
     :return: ``[n, b]``, or ``[m, b]`` if ``transposed``.
     """
-    return _Matmul.apply(values, x, active, transposed)
+    return _Matmul.apply(values, x, active, transposed, record)
 
 
 def scatter(values: Tensor, active: ActiveSet) -> Tensor:

@@ -21,12 +21,12 @@ class Move(NamedTuple):
 
     :param indices: the new active coordinates, sorted int64 ``[K]``.
     :param source: for each of them its place among the old ones, or -1 if it is new: ``[K]``.
-    :param count: how many are new.
+    :param size: how many are new.
     """
 
     indices: Tensor
     source: Tensor
-    count: int
+    size: int
 
 
 def smallest(scores: Tensor, n: int) -> Tensor:

@@ -28,6 +28,19 @@ def _columns(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).t()
 
 
+def _product(weight: SparseTensor, x: Tensor) -> Tensor:
+    """``weight @ x``, or a draw of it under local reparameterisation."""
+    active, transposed, q = weight.active, weight.transposed, weight.posterior
+    if q is None:
+        return autograd.matmul(weight.values, active, x, transposed)
+    mean = autograd.matmul(q.loc, active, x, transposed)
+    # Not recorded: an inactive coordinate's variance is 0, its gradient that of its mean.
+    variance = autograd.matmul(q.scale.square(), active, x.square(), transposed, record=False)
+    # Where no active coordinate meets an input that is not 0, sqrt() has no gradient.
+    tiny = torch.finfo(variance.dtype).tiny
+    return torch.addcmul(mean, variance.clamp(min=tiny).sqrt(), torch.randn_like(mean))
+
+
 def _can_multiply(x: Any, weight: SparseTensor) -> bool:
     return (
         isinstance(x, Tensor)
@@ -43,8 +56,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         return NotImplemented
     if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
         return NotImplemented
-    out = autograd.matmul(weight.values, weight.active, _columns(input), weight.transposed)
-    out = out.t().reshape(*input.shape[:-1], weight.shape[0])
+    out = _product(weight, _columns(input)).t().reshape(*input.shape[:-1], weight.shape[0])
     return out if bias is None else out + bias
 
 
@@ -57,7 +69,7 @@ def matmul(input: Tensor, other: Tensor) -> Any:
         if other.shape[0] != input.shape[1]:
             return NotImplemented
         columns = other if other.dim() == 2 else other.unsqueeze(-1)
-        out = autograd.matmul(input.values, input.active, columns, input.transposed)
+        out = _product(input, columns)
         return out if other.dim() == 2 else out.squeeze(-1)
     return NotImplemented
 
@@ -81,7 +93,9 @@ def mv(input: Tensor, vec: Tensor) -> Any:
 def transpose(input: Any, dim0: int, dim1: int) -> Any:
     if not _is_matrix(input) or {dim0, dim1} not in ({0, 1}, {-1, -2}, {0, -1}, {1, -2}):
         return NotImplemented
-    return SparseTensor(input.values, input.active, not input.transposed)
+    out = SparseTensor(input.values, input.active, not input.transposed)
+    out.posterior = input.posterior
+    return out
 
 
 @implements(Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]

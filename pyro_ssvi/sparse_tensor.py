@@ -80,12 +80,15 @@ class SparseTensor(Tensor):
     :param values: ``[*batch, K]``.
     :param active: where the values lie in a tensor of shape ``active.shape``.
     :param transposed: whether this is the transpose (of the last two dimensions) of that tensor.
+    :ivar posterior: the :class:`SparseNormal` that the value was drawn from, under local
+        reparameterisation: products then draw their own result, see :class:`SSVI`.
     :raises ValueError: if there is not one value for each active coordinate.
     """
 
     values: Tensor  # type: ignore[assignment]
     active: ActiveSet
     transposed: bool
+    posterior: Any = None
 
     @staticmethod
     def __new__(

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.distributions import Normal, TransformedDistribution
-from pyro.infer import SVI, JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceMeanField_ELBO
+from pyro.infer import (
+    SVI,
+    JitTrace_ELBO,
+    JitTraceEnum_ELBO,
+    JitTraceMeanField_ELBO,
+    TraceMeanField_ELBO,
+)
 from pyro.infer.tracegraph_elbo import JitTraceGraph_ELBO
 from pyro.infer.util import zero_grads
 from pyro.optim import PyroOptim
@@ -82,6 +88,10 @@ class SSVI(SVI):
         of its site that stay.
     :param kl_weight: factor of the KL divergence from the prior (and not of the likelihood): a
         number, or a callable of the number of steps taken so far.
+    :param local_reparam: draw the results of products with sparse sites instead of the sites
+        themselves (Kingma, Salimans, Welling, 2015): gradients vary less, at the price of a
+        second product. Each use of a value in the model is then a draw of its own. Needs a
+        loss with closed-form KL: TraceMeanField_ELBO.
     :raises ValueError: for an unknown criterion or an unsuitable loss or schedule.
     """
 
@@ -97,12 +107,18 @@ class SSVI(SVI):
         schedule: Schedule | None = None,
         new_scale: float | str = "mean",
         kl_weight: float | Callable[[int], float] = 1.0,
+        local_reparam: bool = False,
         **kwargs: Any,
     ) -> None:
         if isinstance(loss, _JIT):
             raise ValueError(
                 f"{type(loss).__name__} would go on with the first active set: "
                 f"use {type(loss).__name__.removeprefix('Jit')}"
+            )
+        if local_reparam and not isinstance(loss, TraceMeanField_ELBO):
+            raise ValueError(
+                "local_reparam=True needs a loss that does not evaluate densities at the drawn "
+                f"weights: use TraceMeanField_ELBO, got {type(loss).__name__}"
             )
         if new_scale != "mean" and not (isinstance(new_scale, float) and new_scale > 0):
             raise ValueError(f"expected new_scale='mean' or a float > 0, got {new_scale!r}")
@@ -117,6 +133,7 @@ class SSVI(SVI):
             )
         self.new_scale = new_scale
         self.kl_weight = kl_weight
+        self.local_reparam = local_reparam
         #: Number of steps taken.
         self.steps = 0
         self._record = GradientRecord()
@@ -136,7 +153,7 @@ class SSVI(SVI):
         now = self.steps + 1
         feeds_exchange = any(self.schedule.due(now + i) for i in range(self.addition.batches))
         with ExitStack() as stack:
-            stack.enter_context(self._tempered())
+            stack.enter_context(self._handlers())
             if feeds_exchange:
                 self._collect(stack, args, kwargs)
             loss = super().step(*args, **kwargs)
@@ -147,7 +164,7 @@ class SSVI(SVI):
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The estimate of the loss, without a step."""
-        with self._tempered():
+        with self._handlers():
             return super().evaluate_loss(*args, **kwargs)
 
     def exchange(self, *args: Any, share: float | None = None, **kwargs: Any) -> dict[str, int]:
@@ -163,13 +180,14 @@ class SSVI(SVI):
         return self._exchange(self.schedule.share(self.steps) if share is None else share)
 
     @contextmanager
-    def _tempered(self) -> Iterator[None]:
+    def _handlers(self) -> Iterator[None]:
         weight = self.kl_weight(self.steps) if callable(self.kl_weight) else self.kl_weight
-        if weight == 1.0:
+        with ExitStack() as stack:
+            if weight != 1.0:
+                stack.enter_context(_LatentScale(weight))
+            if self.local_reparam:
+                stack.enter_context(_LocalReparam())
             yield
-        else:
-            with _LatentScale(weight):
-                yield
 
     def _collect(self, stack: ExitStack, args: tuple, kwargs: dict) -> None:
         """Have the gradient of whole sites recorded, in the step itself where that will do."""
@@ -183,7 +201,7 @@ class SSVI(SVI):
         """Record the gradient of one batch, and leave none with the parameters."""
         at_mean = isinstance(self.addition, Gradient) and self.addition.at == "mean"
         guide = _AtMean()(self.guide) if at_mean else self.guide
-        with poutine.trace(param_only=True) as capture, self._tempered(), self._record:
+        with poutine.trace(param_only=True) as capture, self._handlers(), self._record:
             self.loss_and_grads(self.model, guide, *args, **kwargs)
         zero_grads({node["value"].unconstrained() for node in capture.trace.nodes.values()})
 
@@ -203,9 +221,7 @@ class SSVI(SVI):
             source = guide.exchange(moves, self.new_scale)
             for param in guide.parameters_in_place():
                 carry_state(self.optim, param, source)
-        return {
-            name: move.count for _, moves in plans for name, move in moves.items()
-        }
+        return {name: move.size for _, moves in plans for name, move in moves.items()}
 
     @torch.no_grad()
     def _plan(self, guide: AutoSparseNormal, share: float, record: GradientRecord) -> dict:
@@ -243,6 +259,14 @@ class _LatentScale(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["is_observed"] and not site_is_subsample(msg):
             msg["scale"] = msg["scale"] * self.factor
+
+
+class _LocalReparam(Messenger):
+    """Tells sparse values where they come from, so that products can draw their own result."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if isinstance(msg["fn"], SparseNormal):
+            msg["value"].posterior = msg["fn"]
 
 
 class _AtMean(Messenger):

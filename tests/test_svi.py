@@ -469,3 +469,87 @@ def test_removal_scores_that_are_not_finite_skip_the_exchange():
     svi.step(x, y)
     with pytest.warns(NonFiniteWarning, match="removal scores of site 'w0' are not finite"):
         assert svi.exchange(x, y, share=0.3) == {}
+
+
+# Local reparameterisation
+
+
+def test_local_reparameterisation_has_the_moments_of_sampled_weights():
+    """A product's draws against the closed form of its mean and variance."""
+    inputs = torch.randn(3, 12)
+
+    def model(x):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([10, 12]).to_event(2))
+        out = (F.linear(x, w), x @ w.T, (w @ x.T).T)
+        pyro.factor("unused", out[0].sum() * 0.0)
+        outs.append(torch.stack(out))
+
+    outs = []
+    guide, svi = make(model=model, loss=TraceMeanField_ELBO(), local_reparam=True)
+    guide(inputs)
+    guide.loc_unconstrained.data.normal_()
+    guide.scale_unconstrained.data.normal_()
+    outs.clear()
+    with forbid_materialise():
+        for _ in range(2000):
+            svi.evaluate_loss(inputs)
+    draws = torch.stack(outs)
+    q = guide.posterior()["w"]
+    mean = F.linear(inputs, q.mean.to_dense())
+    variance = F.linear(inputs**2, q.variance.to_dense())
+    for spelling in range(3):
+        found = draws[:, spelling]
+        drawn = variance > 0
+        error = (found.mean(0) - mean) / (variance / 2000).sqrt()
+        assert error[drawn].abs().max() < 4.5
+        torch.testing.assert_close(found.var(0)[drawn], variance[drawn], rtol=0.15, atol=0)
+        # Unlike with one draw of the weights, inputs and uses are independent.
+        first, second = ((found[:, i, :] - mean[i])[:, drawn[i]] for i in (0, 1))
+        correlation = (first * second).mean(0) / (first.std(0) * second.std(0))
+        assert correlation.abs().max() < 0.1
+    assert not torch.equal(draws[:, 0], draws[:, 1])
+
+
+def test_local_reparameterisation_varies_less_and_agrees_on_average():
+    gradients = {}
+    for local in (False, True):
+        pyro.set_rng_seed(0)
+        guide, svi = make(loss=TraceMeanField_ELBO(), local_reparam=local)
+        guide(x, y)
+        guide.loc_unconstrained.data.copy_(torch.linspace(-1, 1, len(guide.loc)))
+        draws = []
+        for _ in range(200):
+            with svi._handlers():
+                svi.loss_and_grads(svi.model, guide, x, y)
+            draws.append(torch.cat([p.grad for p in guide.parameters_in_place()]))
+            guide.zero_grad()
+        gradients[local] = torch.stack(draws)
+    error = (gradients[True].var(0) / 200 + gradients[False].var(0) / 200).sqrt()
+    difference = gradients[True].mean(0) - gradients[False].mean(0)
+    assert (difference.abs() <= 4.8 * error + 1e-6).all()
+    assert (error > 0).sum() > 20
+    assert gradients[True].var(0).mean() < gradients[False].var(0).mean()
+
+
+def test_local_reparameterisation_learns_and_exchanges():
+    schedule = ConstantSchedule(every=10)
+    guide, svi = make(loss=TraceMeanField_ELBO(), local_reparam=True, schedule=schedule)
+    with forbid_materialise():
+        first = sum(svi.step(x, y) for _ in range(10))
+        for _ in range(60):
+            svi.step(x, y)
+        assert sum(svi.step(x, y) for _ in range(10)) < first
+    assert guide.loc.isfinite().all()
+    # Prediction draws weights: nothing of the training's way of drawing stays behind.
+    assert guide(x, y)["w0"].posterior is None
+
+
+def test_local_reparameterisation_survives_units_without_input():
+    guide, svi = make(loss=TraceMeanField_ELBO(), local_reparam=True)
+    svi.step(torch.zeros_like(x), y)
+    assert all(p.isfinite().all() for p in guide.parameters())
+
+
+def test_local_reparameterisation_needs_a_closed_form():
+    with pytest.raises(ValueError, match="use TraceMeanField_ELBO, got Trace_ELBO"):
+        make(local_reparam=True)
