@@ -159,6 +159,25 @@ class ActiveSet:
             return (1, 1)
         return (self.shape[0], math.prod(self.shape[1:]))
 
+    def block_diagonal(self, groups: int) -> ActiveSet:
+        """The site's matrix with its rows in ``groups`` blocks, each with columns of its own.
+
+        That is the matrix of a grouped convolution: ``[n, groups * m]``.
+        """
+        if groups == 1:
+            return self
+        if groups not in self._blocks:
+            rows, cols = self.matrix_shape
+            row = self.indices // cols
+            column = row // (rows // groups) * cols + self.indices % cols
+            indices = row * (groups * cols) + column
+            self._blocks[groups] = ActiveSet(indices, (rows, groups * cols))
+        return self._blocks[groups]
+
+    @cached_property
+    def _blocks(self) -> dict[int, ActiveSet]:
+        return {}
+
     @cached_property
     def csr(self) -> CSR:
         """The site's matrix, row by row."""

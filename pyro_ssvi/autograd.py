@@ -1,4 +1,4 @@
-"""The two ways in which a sparse value meets a dense one, with their gradients."""
+"""The ways in which a sparse value meets a dense one, with their gradients."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch.autograd.function import once_differentiable
 from . import kernels
 from .active_set import ActiveSet
 from .gradient_record import recording
+from .patches import Patches
 
-__all__ = ["matmul", "scatter"]
+__all__ = ["conv", "matmul", "rows", "scatter"]
 
 
 class _Matmul(torch.autograd.Function):
@@ -41,6 +42,72 @@ class _Matmul(torch.autograd.Function):
         return grad_values, grad_x, None, None, None
 
 
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        x: Tensor,
+        active: ActiveSet,
+        patches: Patches,
+        groups: int,
+        record: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(values, x)
+        ctx.active, ctx.patches, ctx.groups = active, patches, groups
+        ctx.record = recording() if record else None
+        out = kernels.matmul(active.block_diagonal(groups), values, patches.columns(x))
+        height, width = patches.out_size((x.shape[2], x.shape[3]))
+        return out.view(-1, len(x), height, width).transpose(0, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        values, x = ctx.saved_tensors
+        active = ctx.active.block_diagonal(ctx.groups)
+        g = g.transpose(0, 1).flatten(1)
+        grad_values = grad_x = None
+        if ctx.needs_input_grad[0]:
+            # Made anew: columns are as many times the input's size as the kernel has elements.
+            columns = ctx.patches.columns(x)
+            grad_values = kernels.sampled(active, g, columns)
+            if ctx.record is not None:
+                ctx.record.add_product(ctx.active, g, columns, ctx.groups)
+        if ctx.needs_input_grad[1]:
+            columns = kernels.matmul(active, values, g, transposed=True)
+            grad_x = ctx.patches.images(columns, x.shape)
+        return grad_values, grad_x, None, None, None, None
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, index: Tensor, active: ActiveSet, frozen: int | None
+    ) -> Tensor:
+        crow, col, _, (_, width) = active.csr
+        start = crow[index].long()
+        count = crow[index + 1] - start
+        owner = torch.repeat_interleave(count)
+        first = count.cumsum(0) - count
+        entry = torch.arange(len(owner), device=index.device) + (start - first)[owner]
+        column = col[entry].long()
+        ctx.save_for_backward(index, owner, entry, column)
+        ctx.active, ctx.frozen, ctx.record = active, frozen, recording()
+        out = values.new_zeros(len(index), width)
+        return out.index_put_((owner, column), values[entry])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        index, owner, entry, column = ctx.saved_tensors
+        if ctx.frozen is not None:
+            g = g.masked_fill((index == ctx.frozen).unsqueeze(-1), 0.0)
+        if ctx.record is not None:
+            ctx.record.add_rows(ctx.active, index, g)
+        grad = g.new_zeros(len(ctx.active)).index_add_(0, entry, g[owner, column])
+        return grad, None, None, None
+
+
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, active: ActiveSet) -> Tensor:
@@ -65,6 +132,34 @@ def matmul(
     :return: ``[n, b]``, or ``[m, b]`` if ``transposed``.
     """
     return _Matmul.apply(values, x, active, transposed, record)
+
+
+def conv(
+    values: Tensor,
+    active: ActiveSet,
+    x: Tensor,
+    patches: Patches,
+    groups: int = 1,
+    record: bool = True,
+) -> Tensor:
+    """A two-dimensional convolution with a sparse kernel; differentiable once.
+
+    :param values: ``[K]``.
+    :param x: ``[b, c, h, w]``.
+    :return: ``[b, n, out_h, out_w]``.
+    """
+    return _Conv.apply(values, x, active, patches, groups, record)
+
+
+def rows(values: Tensor, active: ActiveSet, index: Tensor, frozen: int | None = None) -> Tensor:
+    """Rows of the site's matrix, as dense ones; differentiable once.
+
+    :param values: ``[K]``.
+    :param index: int64 ``[b]``.
+    :param frozen: a row that gets no gradient.
+    :return: ``[b, m]``.
+    """
+    return _Rows.apply(values, index, active, frozen)
 
 
 def scatter(values: Tensor, active: ActiveSet) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from contextvars import ContextVar, Token
 
 from torch import Tensor
@@ -35,8 +36,8 @@ class GradientRecord:
     """
 
     def __init__(self) -> None:
-        self._factors: defaultdict[ActiveSet, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        self._dense: dict[ActiveSet, Tensor] = {}
+        self._parts: defaultdict[ActiveSet, list[Callable[[int, int], Tensor]]]
+        self._parts = defaultdict(list)
         self._token: Token | None = None
 
     def __enter__(self) -> GradientRecord:
@@ -47,25 +48,44 @@ class GradientRecord:
         assert self._token is not None
         _CURRENT.reset(self._token)
 
-    def add_product(self, active: ActiveSet, g: Tensor, x: Tensor) -> None:
-        """Add ``g @ x.T`` with ``g [rows, b]`` and ``x [cols, b]``."""
-        self._factors[active].append((g.detach(), x.detach()))
+    def add_product(self, active: ActiveSet, g: Tensor, x: Tensor, groups: int = 1) -> None:
+        """Add ``g @ x.T`` with ``g [rows, b]`` and ``x [groups * cols, b]``.
+
+        With several groups, each block of rows meets the block of ``x`` of its own.
+        """
+        g, x = g.detach(), x.detach()
+
+        def block(start: int, stop: int) -> Tensor:
+            if groups == 1:
+                return g[start:stop] @ x.t()
+            blocks = g.unflatten(0, (groups, -1)) @ x.unflatten(0, (groups, -1)).mT
+            return blocks.flatten(0, 1)[start:stop]
+
+        self._parts[active].append(block)
+
+    def add_rows(self, active: ActiveSet, index: Tensor, g: Tensor) -> None:
+        """Add each row of ``g [b, cols]`` to the row of the site that ``index [b]`` names."""
+        index, g = index.detach(), g.detach()
+
+        def block(start: int, stop: int) -> Tensor:
+            # One row more, for the indices outside of the block.
+            place = (index - start).where((index >= start) & (index < stop), stop - start)
+            return g.new_zeros(stop - start + 1, g.shape[1]).index_add_(0, place, g)[:-1]
+
+        self._parts[active].append(block)
 
     def add_dense(self, active: ActiveSet, grad: Tensor) -> None:
         """Add a gradient ``[*batch, *shape]``, summed over ``batch``."""
-        grad = grad.detach().reshape(-1, *active.matrix_shape).sum(0)
-        seen = self._dense.get(active)
-        self._dense[active] = grad if seen is None else seen + grad
+        total = grad.detach().reshape(-1, *active.matrix_shape).sum(0)
+        self._parts[active].append(lambda start, stop: total[start:stop])
 
     def __contains__(self, active: ActiveSet) -> bool:
-        return active in self._factors or active in self._dense
+        return active in self._parts
 
     def block(self, active: ActiveSet, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of the gradient as a matrix of ``active.matrix_shape``."""
-        parts = [g[start:stop] @ x.t() for g, x in self._factors.get(active, ())]
-        if active in self._dense:
-            parts.append(self._dense[active][start:stop])
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
+        first, *others = self._parts[active]
+        total = first(start, stop)
+        for part in others:
+            total = total + part(start, stop)
         return total

@@ -7,6 +7,7 @@ fall-back answers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import autograd
+from .patches import Patches
 from .sparse_tensor import SparseTensor, implements
 
 __all__: list[str] = []
@@ -30,12 +32,22 @@ def _columns(x: Tensor) -> Tensor:
 
 def _product(weight: SparseTensor, x: Tensor) -> Tensor:
     """``weight @ x``, or a draw of it under local reparameterisation."""
-    active, transposed, q = weight.active, weight.transposed, weight.posterior
+
+    def product(values: Tensor, x: Tensor, record: bool) -> Tensor:
+        return autograd.matmul(values, weight.active, x, weight.transposed, record)
+
+    return _drawn(weight, x, product)
+
+
+def _drawn(
+    weight: SparseTensor, x: Tensor, linear: Callable[[Tensor, Tensor, bool], Tensor]
+) -> Tensor:
+    q = weight.posterior
     if q is None:
-        return autograd.matmul(weight.values, active, x, transposed)
-    mean = autograd.matmul(q.loc, active, x, transposed)
+        return linear(weight.values, x, True)
+    mean = linear(q.loc, x, True)
     # Not recorded: an inactive coordinate's variance is 0, its gradient that of its mean.
-    variance = autograd.matmul(q.scale.square(), active, x.square(), transposed, record=False)
+    variance = linear(q.scale.square(), x.square(), False)
     # Where no active coordinate meets an input that is not 0, sqrt() has no gradient.
     tiny = torch.finfo(variance.dtype).tiny
     return torch.addcmul(mean, variance.clamp(min=tiny).sqrt(), torch.randn_like(mean))
@@ -101,6 +113,99 @@ def transpose(input: Any, dim0: int, dim1: int) -> Any:
 @implements(Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
 def t(input: Any) -> Any:
     return transpose(input, 0, 1)
+
+
+@implements(F.conv2d)
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    return _convolve(input, weight, bias, stride, padding, dilation, groups, dims=2)
+
+
+@implements(F.conv1d)
+def conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    return _convolve(input, weight, bias, stride, padding, dilation, groups, dims=1)
+
+
+def _pair(x: Any, dims: int, height: int) -> tuple[int, int]:
+    """What torch takes for ``dims`` dimensions, as one for height and one for width."""
+    each = (x,) if isinstance(x, int) else tuple(x)
+    each = each * dims if len(each) == 1 else each
+    return each if dims == 2 else (height, *each)
+
+
+def _convolve(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    dims: int,
+) -> Any:
+    if not isinstance(weight, SparseTensor) or not _can_multiply(input, weight):
+        return NotImplemented
+    if weight.transposed or weight.values.dim() != 1 or not input.dim() == weight.dim() == dims + 2:
+        return NotImplemented
+    if input.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
+        return NotImplemented
+    kernel = _pair(tuple(weight.shape[2:]), dims, 1)
+    dilation, stride = _pair(dilation, dims, 1), _pair(stride, dims, 1)
+    reach = tuple(d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
+    if padding == "same":
+        if stride != (1, 1):
+            return NotImplemented
+        before, after = tuple(r // 2 for r in reach), tuple(r - r // 2 for r in reach)
+    else:
+        before = after = (0, 0) if padding == "valid" else _pair(padding, dims, 0)
+    sides = (before[1], after[1], before[0], after[0])
+    patches = Patches(kernel, stride, sides, dilation)
+    images = input if dims == 2 else input.unsqueeze(2)
+    if min(patches.out_size((images.shape[2], images.shape[3]))) < 1:
+        return NotImplemented
+
+    def convolution(values: Tensor, x: Tensor, record: bool) -> Tensor:
+        return autograd.conv(values, weight.active, x, patches, groups, record)
+
+    out = _drawn(weight, images, convolution)
+    out = out if dims == 2 else out.squeeze(2)
+    return out if bias is None else out + bias.reshape(-1, *(1 for _ in range(dims)))
+
+
+@implements(F.embedding)
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    if not _is_matrix(weight) or weight.transposed or input.is_floating_point():
+        return NotImplemented
+    if max_norm is not None or scale_grad_by_freq:
+        return NotImplemented
+    frozen = padding_idx
+    if frozen is not None and frozen < 0:
+        frozen += weight.shape[0]
+    out = autograd.rows(weight.values, weight.active, input.reshape(-1), frozen)
+    return out.reshape(*input.shape, weight.shape[1])
 
 
 @implements(Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ from pyro_ssvi import (
     dense_fallbacks,
     forbid_materialise,
 )
+from pyro_ssvi.gradient_record import GradientRecord
 
 OUT, IN, BATCH = 5, 4, 3
 
@@ -68,7 +69,9 @@ OTHERS = {
     "exp": lambda W, x, z, b: W.exp(),
     "sum": lambda W, x, z, b: W.sum(0),
     "index": lambda W, x, z, b: W[1:3, [0, 2]],
-    "embedding": lambda W, x, z, b: F.embedding(torch.tensor([0, 4, 4]), W),
+    "embedding with max_norm": lambda W, x, z, b: F.embedding(
+        torch.tensor([0, 4, 4]), W * 1.0, max_norm=1.0
+    ),
     "cat": lambda W, x, z, b: torch.cat([W, x]),
     "cat of transposed": lambda W, x, z, b: torch.cat([W.T, z]),
     "stack": lambda W, x, z, b: torch.stack([W, W * 3]),
@@ -246,3 +249,115 @@ def test_detach_clone_to_deepcopy_and_pickle_stay_sparse():
 def test_wrong_number_of_values():
     with pytest.raises(ValueError, match=r"\[\*batch, 3\].*got shape \(4,\)"):
         SparseTensor(torch.randn(4), ActiveSet.random((OUT, IN), 3))
+
+
+# Sites of other shapes
+
+IMAGES, SIGNALS = torch.randn(2, 4, 7, 6), torch.randn(2, 4, 9)
+WORDS = torch.tensor([[0, 3], [3, 5]])
+
+# name -> function of the weight, an input and a bias; shape of the weight; the input
+LAYERS = {
+    "conv2d": (lambda W, x, b: F.conv2d(x, W), (6, 4, 3, 2), IMAGES),
+    "conv2d with bias": (lambda W, x, b: F.conv2d(x, W, b), (6, 4, 3, 3), IMAGES),
+    "conv2d by keyword": (
+        lambda W, x, b: F.conv2d(bias=b, padding=1, weight=W, input=x),
+        (6, 4, 3, 3),
+        IMAGES,
+    ),
+    "torch.conv2d": (lambda W, x, b: torch.conv2d(x, W, b, 2, 1), (6, 4, 3, 3), IMAGES),
+    "conv2d 1x1": (lambda W, x, b: F.conv2d(x, W, b), (6, 4, 1, 1), IMAGES),
+    "conv2d, all options": (
+        lambda W, x, b: F.conv2d(x, W, b, (2, 1), (1, 2), (1, 2)),
+        (6, 4, 3, 2),
+        IMAGES,
+    ),
+    "conv2d same": (lambda W, x, b: F.conv2d(x, W, b, padding="same"), (6, 4, 3, 2), IMAGES),
+    "conv2d valid": (lambda W, x, b: F.conv2d(x, W, b, padding="valid"), (6, 4, 3, 2), IMAGES),
+    "conv2d groups": (lambda W, x, b: F.conv2d(x, W, b, groups=2), (6, 2, 3, 2), IMAGES),
+    "conv2d depthwise": (lambda W, x, b: F.conv2d(x, W, padding=1, groups=4), (4, 1, 3, 3), IMAGES),
+    "conv2d strided input": (
+        lambda W, x, b: F.conv2d(x.contiguous(memory_format=torch.channels_last), W),
+        (6, 4, 3, 2),
+        IMAGES,
+    ),
+    "conv2d twice": (
+        lambda W, x, b: F.conv2d(F.conv2d(x, W, padding=1).tanh(), W),
+        (4, 4, 3, 3),
+        IMAGES,
+    ),
+    "conv1d": (lambda W, x, b: F.conv1d(x, W), (6, 4, 3), SIGNALS),
+    "conv1d, all options": (
+        lambda W, x, b: F.conv1d(x, W, b, stride=2, padding=(2,), dilation=2),
+        (6, 4, 3),
+        SIGNALS,
+    ),
+    "conv1d same": (lambda W, x, b: F.conv1d(x, W, b, padding="same"), (6, 4, 4), SIGNALS),
+    "conv1d groups": (lambda W, x, b: F.conv1d(x, W, b, groups=2), (6, 2, 3), SIGNALS),
+    "embedding": (lambda W, x, b: F.embedding(WORDS, W).tanh(), (6, 4), torch.zeros(1)),
+    "embedding with padding": (
+        lambda W, x, b: F.embedding(WORDS, W, padding_idx=-3).tanh(),
+        (6, 4),
+        torch.zeros(1),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("share", [0.05, 0.4, 1.0])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_run_sparsely(name, share):
+    """Value, gradients, and the recorded gradient of every coordinate."""
+    function, shape, given = LAYERS[name]
+    active = ActiveSet.random(shape, max(1, int(share * torch.Size(shape).numel())))
+    values, bias = torch.randn(len(active)), torch.randn(shape[0])
+    results = []
+    for sparse in (True, False):
+        v, x, b = (t.clone().requires_grad_() for t in (values, given, bias))
+        W = SparseTensor(v, active) if sparse else active.scatter(v)
+        if not sparse:
+            W.retain_grad()
+        with GradientRecord() as record, forbid_materialise():
+            out = function(W, x, b)
+        (out * torch.linspace(0.5, 1.5, out.numel()).reshape(out.shape)).sum().backward()
+        results.append((out.detach(), v.grad, x.grad, b.grad))
+    for found, expected in zip(*results, strict=True):
+        if expected is None:
+            assert found is None
+        else:
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    expected = W.grad.reshape(active.matrix_shape)
+    with GradientRecord() as record:
+        out = function(SparseTensor(values.requires_grad_(), active), given, bias)
+    (out * torch.linspace(0.5, 1.5, out.numel()).reshape(out.shape)).sum().backward()
+    torch.testing.assert_close(record.block(active, 0, shape[0]), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(record.block(active, 1, 3), expected[1:3], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gradcheck_of_a_convolution(groups):
+    active = ActiveSet.random((4, 4 // groups, 3, 2), 11)
+    values = torch.randn(11, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 4, 5, 4, dtype=torch.float64, requires_grad=True)
+
+    def convolution(values, x):
+        return F.conv2d(x, SparseTensor(values, active), None, 2, 1, 1, groups)
+
+    assert torch.autograd.gradcheck(convolution, (values, x))
+
+
+@pytest.mark.filterwarnings("ignore::pyro_ssvi.PerformanceWarning")
+def test_wrong_sizes_get_torch_s_own_error():
+    W = SparseTensor(torch.randn(6), ActiveSet.random((OUT, IN), 6))
+    K = SparseTensor(torch.randn(6), ActiveSet.random((6, 4, 3, 3), 6))
+    for call in (
+        lambda: F.linear(torch.randn(3, IN + 1), W),
+        lambda: torch.randn(3, OUT + 1) @ W,
+        lambda: W @ torch.randn(IN + 1, 2),
+        lambda: torch.mm(W, torch.randn(IN)),
+        lambda: F.conv2d(torch.randn(1, 5, 7, 7), K),
+        lambda: F.conv2d(torch.randn(1, 4, 2, 2), K),
+        lambda: F.linear(torch.randn(3, IN, dtype=torch.float64), W),
+    ):
+        with pytest.raises(RuntimeError):
+            call()

@@ -212,7 +212,7 @@ def test_gradients_of_several_batches(at, monkeypatch):
 
     def spy(self, share):
         active = self.guide.active_sets["w0"]
-        passes.append((self.steps, len(self._record._factors[active])))
+        passes.append((self.steps, len(self._record._parts[active])))
         return original(self, share)
 
     monkeypatch.setattr(SSVI, "_exchange", spy)
