@@ -7,8 +7,11 @@ here = Path(__file__).parent
 init = (here / "pyro_ssvi" / "__init__.py").read_text()
 version = re.search(r'^__version__ = "(.+)"$', init, re.MULTILINE).group(1)
 
+# What makes sparse products fast on CPU; without it they are torch's own.
+cpu = ["numba>=0.61"]
 # What the examples need beyond `import pyro_ssvi`.
 examples = [
+    *cpu,
     "matplotlib>=3.7",
     "scikit-learn>=1.3",
     "torchmetrics>=1.2",
@@ -29,7 +32,7 @@ setup(
     package_data={"pyro_ssvi": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=["pyro-ppl>=1.9.1", "torch>=2.2"],
-    extras_require={"examples": examples, "docs": docs, "dev": dev + examples},
+    extras_require={"cpu": cpu, "examples": examples, "docs": docs, "dev": dev + examples},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

@@ -218,6 +218,8 @@ class SSVI(SVI):
             )
             return {}
         for guide, moves in plans:
+            if not moves:
+                continue
             source = guide.exchange(moves, self.new_scale)
             for param in guide.parameters_in_place():
                 carry_state(self.optim, param, source)

@@ -146,7 +146,7 @@ def test_new_scale_may_be_a_number():
 
 @pytest.mark.parametrize("loss", [Trace_ELBO(), TraceMeanField_ELBO()])
 def test_fifty_exchanges(loss):
-    schedule = CosineSchedule(every=2, fraction=0.5, stop=102)
+    schedule = ConstantSchedule(every=2, fraction=0.4, stop=102)
     guide, svi = make(loss=loss, schedule=schedule)
     svi.step(x, y)
     sizes = {name: len(active) for name, active in guide.active_sets.items()}
@@ -377,6 +377,14 @@ def test_a_dense_guide_is_trained_and_never_exchanged():
     for _ in range(5):
         svi.step(x, y)
     assert svi.guides == []
+
+
+def test_nothing_to_exchange_in_a_guide_whose_sites_are_all_dense():
+    guide, svi = make(density=1.0, schedule=ConstantSchedule(every=2))
+    for _ in range(3):
+        svi.step(x, y)
+    assert svi.exchange(x, y, share=0.3) == {}
+    assert all(active.is_full for active in guide.active_sets.values())
 
 
 def test_it_learns_and_finds_the_support():

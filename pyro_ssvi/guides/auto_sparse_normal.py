@@ -240,7 +240,7 @@ class AutoSparseNormal(AutoGuide):
     def exchange(self, moves: Mapping[str, Move], new_scale: float | str = "mean") -> Tensor:
         """Exchange active coordinates: new ones start at loc 0.
 
-        :param moves: what happens to which site.
+        :param moves: what happens to which site, for one site or more.
         :param new_scale: standard deviation of new coordinates: a number, or ``"mean"`` for the
             mean of those of the site's coordinates that stay.
         :return: for each entry of the flat parameters, where it came from, or -1 if it is new:

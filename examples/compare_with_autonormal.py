@@ -1,0 +1,368 @@
+"""Train one Bayesian neural network with AutoNormal and with AutoSparseNormal, and compare.
+
+The model is an ordinary Pyro program. The guides get the same model, optimizer, loss and
+number of epochs; only ``AutoNormal`` is swapped for ``AutoSparseNormal`` and ``SVI`` for ``SSVI``.
+The deterministic network of the same shape is trained beside them. Contenders take turns epoch
+by epoch, so that their times are measured side by side::
+
+    python examples/compare_with_autonormal.py --dataset digits
+    python examples/compare_with_autonormal.py --dataset fashion-mnist --data-dir DIR --hidden 400
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+
+import datasets
+import matplotlib
+import pyro
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor, nn
+from torchmetrics.functional.classification import multiclass_calibration_error
+from tqdm import tqdm
+
+from pyro_ssvi import SSVI, AutoSparseNormal, CosineSchedule, __version__
+
+PRIOR_SCALE = 0.1
+INIT_SCALE = 0.01
+NUM_SAMPLES = 16  # posterior samples of a prediction
+
+# Hidden units, epochs, batch size, steps between exchanges.
+DEFAULTS = {
+    "digits": (400, 30, 64, 20),
+    "fashion-mnist": (400, 5, 128, 100),
+    "mnist": (400, 5, 128, 100),
+    "cifar10": (1000, 10, 128, 100),
+}
+
+
+def make_model(sizes: list[int], num_data: int) -> Callable:
+    """A Bayesian multi-layer perceptron with layers of the given sizes."""
+
+    def model(x: Tensor, y: Tensor | None = None) -> Tensor:
+        zero = x.new_zeros(())
+        for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
+            prior = dist.Normal(zero, PRIOR_SCALE)
+            w = pyro.sample(f"w{i}", prior.expand([fan_out, fan_in]).to_event(2))
+            b = pyro.sample(f"b{i}", prior.expand([fan_out]).to_event(1))
+            x = F.linear(x if i == 0 else F.relu(x), w, b)
+        with pyro.plate("data", len(x)), poutine.scale(scale=num_data / len(x)):
+            pyro.sample("obs", dist.Categorical(logits=x), obs=y)
+        return x
+
+    return model
+
+
+def init_to_fan_in(density: float) -> Callable:
+    """First locations of a weight: as usual for relu, by the inputs that it really has."""
+
+    def init(site: dict) -> Tensor:
+        fn = site["fn"]
+        shape = fn.shape()
+        if len(shape) < 2:
+            return fn.mean.clone()
+        return torch.randn(shape, device=fn.mean.device) * (2 / (density * shape[1])) ** 0.5
+
+    return init
+
+
+class Deterministic:
+    """The same network without a posterior, trained by Adam."""
+
+    def __init__(self, args: argparse.Namespace, sizes: list[int], _: int) -> None:
+        self.name = "deterministic"
+        layers: list[nn.Module] = []
+        for fan_in, fan_out in pairwise(sizes):
+            layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+        self.net = nn.Sequential(*layers[:-1]).to(args.device)
+        self.optim = torch.optim.Adam(self.net.parameters(), lr=args.lr)
+        self.active = sum(p.numel() for p in self.net.parameters())
+
+    def step(self, x: Tensor, y: Tensor) -> float:
+        loss = F.cross_entropy(self.net(x), y)
+        self.optim.zero_grad()
+        loss.backward()
+        self.optim.step()
+        return loss.item()
+
+    def predict(self, x: Tensor) -> Tensor:
+        return self.net(x).softmax(-1)
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self.net.parameters()
+        yield from tensors_of(self.optim.state)
+
+
+class Bayesian:
+    """The model with AutoNormal, or with AutoSparseNormal at some density."""
+
+    def __init__(
+        self, args: argparse.Namespace, sizes: list[int], num_data: int, density: float | None
+    ) -> None:
+        self.num_data = num_data
+        self.model = make_model(sizes, num_data)
+        options = {"init_loc_fn": init_to_fan_in(density or 1.0), "init_scale": INIT_SCALE}
+        if density is None:
+            self.name = "AutoNormal"
+            self.guide = AutoNormal(self.model, **options)
+        else:
+            self.name = f"AutoSparseNormal {density:.0%}"
+            self.guide = AutoSparseNormal(self.model, density=density, **options)
+        # With a guide that is not sparse, SSVI is SVI with a weight for the KL divergence.
+        steps = args.epochs * math.ceil(num_data / args.batch_size)
+        every = min(args.exchange_every, max(1, int(0.75 * steps)))
+        self.svi = SSVI(
+            self.model,
+            self.guide,
+            pyro.optim.Adam({"lr": args.lr}),
+            Trace_ELBO(),
+            schedule=CosineSchedule(every=every, stop=max(every, int(0.75 * steps))),
+            kl_weight=args.kl_weight,
+        )
+        self.store = None  # each guide has a parameter store of its own
+
+    @contextmanager
+    def own_store(self) -> Iterator[None]:
+        with pyro.get_param_store().scope(self.store) as self.store:
+            yield
+
+    def step(self, x: Tensor, y: Tensor) -> float:
+        with self.own_store():
+            return self.svi.step(x, y) / self.num_data
+
+    def predict(self, x: Tensor) -> Tensor:
+        with self.own_store():
+            total = 0.0
+            for _ in range(NUM_SAMPLES):
+                trace = poutine.trace(self.guide).get_trace(x)
+                total = total + poutine.replay(self.model, trace)(x).softmax(-1)
+            return total / NUM_SAMPLES
+
+    @property
+    def active(self) -> int:
+        return sum(p.numel() for p in self.guide.parameters()) // 2  # loc and scale
+
+    @property
+    def first_layer(self) -> Tensor | None:
+        """The flat indices of the first layer's active weights."""
+        is_sparse = isinstance(self.guide, AutoSparseNormal)
+        return self.guide.active_sets["w0"].indices.clone() if is_sparse else None
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self.guide.parameters()
+        yield from self.guide.buffers()
+        for optim in self.svi.optim.optim_objs.values():
+            yield from tensors_of(optim.state)
+
+
+def tensors_of(state: dict) -> Iterator[Tensor]:
+    for each in state.values():
+        yield from (value for value in each.values() if isinstance(value, Tensor))
+
+
+def evaluate(contender: Deterministic | Bayesian, x: Tensor, y: Tensor) -> dict[str, float]:
+    with torch.no_grad():
+        probs = torch.cat([contender.predict(part) for part in x.split(2000)])
+    nll = F.nll_loss(probs.clamp(min=1e-12).log(), y)
+    ece = multiclass_calibration_error(probs, y, probs.shape[-1], n_bins=15, norm="l1")
+    accuracy = (probs.argmax(-1) == y).float().mean()
+    return {"accuracy": accuracy.item(), "nll": nll.item(), "ece": ece.item()}
+
+
+def train(contenders: list, data: datasets.Dataset, args: argparse.Namespace) -> list[dict]:
+    """Train all contenders, in turns of an epoch.
+
+    :return: for each contender its losses by epoch, times by step, and snapshots of the first
+        layer's active set.
+    """
+    logs: list[dict] = [{"loss": [], "seconds": [], "first_layer": []} for _ in contenders]
+    order = torch.Generator().manual_seed(args.seed)
+    num_batches = math.ceil(len(data.train_y) / args.batch_size)
+    total = args.epochs * len(contenders) * num_batches
+    with tqdm(total=total, unit="step", disable=None) as progress:
+        for epoch in range(args.epochs):
+            batches = torch.randperm(len(data.train_y), generator=order).split(args.batch_size)
+            for contender, log in zip(contenders, logs, strict=True):
+                losses = []
+                for index in batches:
+                    x, y = data.train_x[index], data.train_y[index]
+                    start = time.perf_counter()
+                    losses.append(contender.step(x, y))
+                    log["seconds"].append(time.perf_counter() - start)
+                    progress.update()
+                log["loss"].append(statistics.fmean(losses))
+                progress.set_description(f"epoch {epoch + 1} {contender.name}")
+                progress.set_postfix_str(f"-ELBO per datum {log['loss'][-1]:.3f}")
+                if isinstance(contender, Bayesian) and contender.first_layer is not None:
+                    log["first_layer"].append(contender.first_layer)
+    return logs
+
+
+def table(rows: list[dict]) -> str:
+    """The comparison, as text."""
+    reference = next(row for row in rows if row["name"] == "AutoNormal")
+    lines = [
+        ("", "accuracy", "NLL", "ECE", "active", "bytes", "smaller", "ms/step", "faster"),
+        *(
+            (
+                row["name"],
+                f"{row['accuracy']:.2%}",
+                f"{row['nll']:.3f}",
+                f"{row['ece']:.3f}",
+                f"{row['active']:,}",
+                f"{row['bytes']:,}",
+                f"{reference['bytes'] / row['bytes']:.1f}x",
+                f"{row['ms_per_step']:.2f}",
+                f"{reference['ms_per_step'] / row['ms_per_step']:.1f}x",
+            )
+            for row in rows
+        ),
+    ]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+
+
+def plot(rows: list[dict], logs: list[dict], image_shape: tuple[int, int, int], path: Path) -> None:
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    # Okabe and Ito's colours, told apart by the colour-blind too.
+    colours = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+    colour = {row["name"]: colours[i % len(colours)] for i, row in enumerate(rows)}
+    figure, axes = plt.subplots(1, 5, figsize=(20, 4.2), width_ratios=[4, 4, 4, 3, 3])
+    for row, log in zip(rows, logs, strict=True):
+        epochs = range(1, len(log["loss"]) + 1)
+        if row["name"] != "deterministic":
+            axes[0].plot(epochs, log["loss"], label=row["name"], color=colour[row["name"]])
+        marker = "x" if row["name"] == "deterministic" else "o"
+        accuracy, label = 100 * row["accuracy"], row["name"]
+        axes[1].plot(row["active"], accuracy, marker, label=label, color=colour[label])
+        sets = log["first_layer"]
+        kept = [100 * torch.isin(new, old).float().mean().item() for old, new in pairwise(sets)]
+        if kept:
+            axes[2].plot(epochs[1:], kept, label=row["name"], color=colour[row["name"]])
+    axes[0].set(title="Negative ELBO per datum", xlabel="epoch", yscale="log")
+    axes[1].set(title="Test accuracy, %", xlabel="active parameters", xscale="log")
+    axes[2].set(title="First layer: active weights kept, %", xlabel="epoch", ylim=(0, 102))
+    axes[1].xaxis.set_minor_formatter("")
+    for axis in axes[:3]:
+        axis.legend(frameon=False, fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+
+    sparsest = max(i for i, log in enumerate(logs) if log["first_layer"])
+    sets = logs[sparsest]["first_layer"]
+    height, width, channels = image_shape
+    fields = [
+        torch.bincount(active % (height * width * channels), minlength=height * width * channels)
+        .reshape(height, width, channels)
+        .sum(-1)
+        for active in (sets[0].cpu(), sets[-1].cpu())
+    ]
+    top = max(int(field.max()) for field in fields)
+    for axis, field, when in zip(axes[3:], fields, ("first", "last"), strict=True):
+        image = axis.imshow(field, cmap="viridis", vmin=0, vmax=top)
+        axis.set(title=f"{when} epoch", xticks=[], yticks=[])
+    axes[3].set_xlabel(f"active weights of each pixel, {rows[sparsest]['name']}", loc="left")
+    figure.colorbar(image, ax=axes[3:], shrink=0.8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", choices=datasets.NAMES, default="digits")
+    parser.add_argument("--data-dir", help="folder with the data set's files")
+    parser.add_argument("--density", type=float, nargs="+", default=[0.1, 0.05, 0.02])
+    parser.add_argument("--hidden", type=int, help="units in each of the two hidden layers")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--exchange-every", type=int, help="steps between exchanges")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of Adam")
+    parser.add_argument("--kl-weight", type=float, default=0.1, help="factor of the KL divergence")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="write settings and results to this file")
+    parser.add_argument("--plot", type=Path, help="PNG (default: results/compare_DATASET.png)")
+    args = parser.parse_args(argv)
+    names = ("hidden", "epochs", "batch_size", "exchange_every")
+    for name, value in zip(names, DEFAULTS[args.dataset], strict=True):
+        given = getattr(args, name)
+        setattr(args, name, value if given is None else given)
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    args.plot = args.plot or Path(f"results/compare_{args.dataset}.png")
+    if args.dataset != "digits" and args.data_dir is None:
+        parser.error(f"--dataset {args.dataset} needs --data-dir, the folder with its files")
+    return args
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    args = parse_args(argv)
+    pyro.set_rng_seed(args.seed)
+    data = datasets.load(args.dataset, args.data_dir)
+    data = data._replace(
+        **{k: v.to(args.device) for k, v in data._asdict().items() if isinstance(v, Tensor)}
+    )
+    sizes = [data.train_x.shape[1], args.hidden, args.hidden, data.num_classes]
+    # All are made, and every density checked, before the first is trained.
+    contenders = [
+        Deterministic(args, sizes, len(data.train_y)),
+        *(Bayesian(args, sizes, len(data.train_y), d) for d in (None, *args.density)),
+    ]
+    print(
+        f"{args.dataset}: {len(data.train_y):,} training images, "
+        f"network {'-'.join(map(str, sizes))}, {args.epochs} epochs, batch {args.batch_size}, "
+        f"{torch.get_num_threads()} threads, {args.device}"
+    )
+    logs = train(contenders, data, args)
+    rows = [
+        {
+            "name": contender.name,
+            **evaluate(contender, data.test_x, data.test_y),
+            "active": contender.active,
+            "bytes": sum(t.numel() * t.element_size() for t in contender.tensors()),
+            "ms_per_step": 1000 * statistics.median(log["seconds"]),
+            "loss": log["loss"],
+        }
+        for contender, log in zip(contenders, logs, strict=True)
+    ]
+    print("\n" + table(rows))
+    print(
+        f"\nNLL and ECE with {NUM_SAMPLES} posterior samples. active: coordinates with a "
+        "posterior.\nbytes: variational parameters, indices and optimizer state. smaller, faster: "
+        "against\nAutoNormal; ms/step is a median."
+    )
+    plot(rows, logs, data.image_shape, args.plot)
+    print(f"Plot: {args.plot}")
+    if args.json:
+        versions = {"pyro_ssvi": __version__, "pyro": pyro.__version__, "torch": torch.__version__}
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        settings |= {"sizes": sizes, "threads": torch.get_num_threads(), "versions": versions}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"settings": settings, "results": rows}, indent=2))
+    return rows
+
+
+if __name__ == "__main__":
+    main()
