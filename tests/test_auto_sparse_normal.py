@@ -484,3 +484,14 @@ def test_transform_cache_gives_the_exact_density():
     )
     expected = posterior.log_prob(unconstrained) - jacobian
     torch.testing.assert_close(node["log_prob"], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["loc", "scale"])
+def test_parameters_gone_bad_are_named(name):
+    guide = AutoSparseNormal(bnn, density=0.25)
+    guide(x, y)
+    getattr(guide, f"{name}_unconstrained").data[3] = float("nan")
+    with pytest.raises(ValueError, match=r"at sites \['w0'\]"):
+        guide(x, y)
+    with pyro.validation_enabled(False):
+        guide(x, y)

@@ -15,6 +15,7 @@ from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.autoguide.initialization import init_to_feasible
 from pyro.infer.autoguide.utils import helpful_support_errors
+from pyro.infer.util import is_validation_enabled
 from pyro.nn import PyroParam
 from pyro.ops.tensor_utils import periodic_repeat
 from torch import Tensor
@@ -215,23 +216,38 @@ class AutoSparseNormal(AutoGuide):
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
+        flat = self.loc, self.scale
+        if is_validation_enabled():
+            self._check_parameters(*flat)
         result = {}
-        for site, (loc, scale) in zip(self._sites, self._split(self.loc, self.scale), strict=True):
+        for site, (loc, scale) in zip(self._sites, self._split(*flat), strict=True):
             with ExitStack() as stack:
                 for frame in site.frames:
                     stack.enter_context(plates[frame.name])
                 result[site.name] = pyro.sample(site.name, self._posterior(site, loc, scale))
         return result
 
+    def _check_parameters(self, loc: Tensor, scale: Tensor) -> None:
+        # Once for all sites, where distributions would each ask the device.
+        ok = (loc == loc) & (scale > 0)
+        if not bool(ok.all()):
+            bad = [
+                site.name
+                for site, (valid,) in zip(self._sites, self._split(ok), strict=True)
+                if not valid.all()
+            ]
+            raise ValueError(f"loc is NaN or scale is not positive at sites {bad}")
+
     def _posterior(self, site: _Site, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
         loc, scale = loc.to(site.dtype), scale.to(site.dtype)
         if site.is_sparse:
-            return SparseNormal(loc, scale, self.active_sets[site.name], site.event_dim)
+            active = self.active_sets[site.name]
+            return SparseNormal(loc, scale, active, site.event_dim, validate_args=False)
         loc, scale = loc.reshape(site.shape), scale.reshape(site.shape)
         if site.frames:
             loc = pyro.subsample(loc, event_dim=site.event_dim)
             scale = pyro.subsample(scale, event_dim=site.event_dim)
-        normal = dist.Normal(loc, scale).to_event(site.event_dim)
+        normal = dist.Normal(loc, scale, validate_args=False).to_event(site.event_dim)
         if site.transform is None:
             return normal
         # With its cache, log_prob() needs no inverse: the sample's gradient is exact.
