@@ -82,8 +82,8 @@ def init_to_fan_in(density: float) -> Callable:
 class Deterministic:
     """The same network without a posterior, trained by Adam."""
 
-    def __init__(self, args: argparse.Namespace, sizes: list[int], _: int) -> None:
-        self.name = "deterministic"
+    def __init__(self, args: argparse.Namespace, sizes: list[int]) -> None:
+        self.name, self.objective = "deterministic", "log-likelihood"
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise(sizes):
             layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
@@ -110,19 +110,24 @@ class Bayesian:
     """The model with AutoNormal, or with AutoSparseNormal at some density."""
 
     def __init__(
-        self, args: argparse.Namespace, sizes: list[int], num_data: int, density: float | None
+        self,
+        args: argparse.Namespace,
+        sizes: list[int],
+        data: datasets.Dataset,
+        density: float | None,
     ) -> None:
-        self.num_data = num_data
-        self.model = make_model(sizes, num_data)
+        self.objective = "ELBO per datum"
+        self.num_data = len(data.train_y)
+        self.model = make_model(sizes, self.num_data)
         options = {"init_loc_fn": init_to_fan_in(density or 1.0), "init_scale": INIT_SCALE}
         if density is None:
             self.name = "AutoNormal"
             self.guide = AutoNormal(self.model, **options)
         else:
-            self.name = f"AutoSparseNormal {density:.0%}"
+            self.name = f"AutoSparseNormal {100 * density:.3g}%"
             self.guide = AutoSparseNormal(self.model, density=density, **options)
         # With a guide that is not sparse, SSVI is SVI with a weight for the KL divergence.
-        steps = args.epochs * math.ceil(num_data / args.batch_size)
+        steps = args.epochs * math.ceil(self.num_data / args.batch_size)
         every = min(args.exchange_every, max(1, int(0.75 * steps)))
         self.svi = SSVI(
             self.model,
@@ -133,6 +138,8 @@ class Bayesian:
             kl_weight=args.kl_weight,
         )
         self.store = None  # each guide has a parameter store of its own
+        with self.own_store():
+            self.guide(data.train_x[:1], data.train_y[:1])  # makes its parameters
 
     @contextmanager
     def own_store(self) -> Iterator[None]:
@@ -174,6 +181,7 @@ def tensors_of(state: dict) -> Iterator[Tensor]:
 
 
 def evaluate(contender: Deterministic | Bayesian, x: Tensor, y: Tensor) -> dict[str, float]:
+    pyro.set_rng_seed(0)
     with torch.no_grad():
         probs = torch.cat([contender.predict(part) for part in x.split(2000)])
     nll = F.nll_loss(probs.clamp(min=1e-12).log(), y)
@@ -190,24 +198,35 @@ def train(contenders: list, data: datasets.Dataset, args: argparse.Namespace) ->
     """
     logs: list[dict] = [{"loss": [], "seconds": [], "first_layer": []} for _ in contenders]
     order = torch.Generator().manual_seed(args.seed)
-    num_batches = math.ceil(len(data.train_y) / args.batch_size)
-    total = args.epochs * len(contenders) * num_batches
-    with tqdm(total=total, unit="step", disable=None) as progress:
-        for epoch in range(args.epochs):
-            batches = torch.randperm(len(data.train_y), generator=order).split(args.batch_size)
-            for contender, log in zip(contenders, logs, strict=True):
-                losses = []
-                for index in batches:
-                    x, y = data.train_x[index], data.train_y[index]
-                    start = time.perf_counter()
-                    losses.append(contender.step(x, y))
-                    log["seconds"].append(time.perf_counter() - start)
-                    progress.update()
-                log["loss"].append(statistics.fmean(losses))
-                progress.set_description(f"epoch {epoch + 1} {contender.name}")
-                progress.set_postfix_str(f"-ELBO per datum {log['loss'][-1]:.3f}")
-                if isinstance(contender, Bayesian) and contender.first_layer is not None:
-                    log["first_layer"].append(contender.first_layer)
+    bars = [
+        tqdm(
+            total=args.epochs * math.ceil(len(data.train_y) / args.batch_size),
+            desc=f"{contender.name:<21}",
+            position=i,
+            bar_format="{desc} {percentage:3.0f}% {bar:30} {postfix}",
+            disable=args.quiet or None,  # None: where there is no terminal
+        )
+        for i, contender in enumerate(contenders)
+    ]
+    for _ in range(args.epochs):
+        batches = torch.randperm(len(data.train_y), generator=order).split(args.batch_size)
+        seed = int(torch.randint(2**31, (), generator=order))
+        for contender, log, bar in zip(contenders, logs, bars, strict=True):
+            pyro.set_rng_seed(seed)  # no contender's noise depends on who else takes part
+            losses: list[float] = []
+            for index in batches:
+                x, y = data.train_x[index], data.train_y[index]
+                start = time.perf_counter()
+                losses.append(contender.step(x, y))
+                log["seconds"].append(time.perf_counter() - start)
+                bar.set_postfix_str(f"-{contender.objective} {losses[-1]:.3f}", refresh=False)
+                bar.update()
+            log["loss"].append(statistics.fmean(losses))
+            bar.set_postfix_str(f"-{contender.objective} {log['loss'][-1]:.3f}")
+            if isinstance(contender, Bayesian) and contender.first_layer is not None:
+                log["first_layer"].append(contender.first_layer)
+    for bar in bars:
+        bar.close()
     return logs
 
 
@@ -302,6 +321,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kl-weight", type=float, default=0.1, help="factor of the KL divergence")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.add_argument("--json", type=Path, help="write settings and results to this file")
     parser.add_argument("--plot", type=Path, help="PNG (default: results/compare_DATASET.png)")
     args = parser.parse_args(argv)
@@ -327,8 +347,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     sizes = [data.train_x.shape[1], args.hidden, args.hidden, data.num_classes]
     # All are made, and every density checked, before the first is trained.
     contenders = [
-        Deterministic(args, sizes, len(data.train_y)),
-        *(Bayesian(args, sizes, len(data.train_y), d) for d in (None, *args.density)),
+        Deterministic(args, sizes),
+        *(Bayesian(args, sizes, data, density) for density in (None, *args.density)),
     ]
     print(
         f"{args.dataset}: {len(data.train_y):,} training images, "

@@ -17,6 +17,7 @@ from pyro.infer.autoguide import (
     init_to_uniform,
     init_to_value,
 )
+from pyro.infer.reparam import LocScaleReparam
 from torch.distributions import biject_to, kl_divergence
 
 from pyro_ssvi import SSVI, AutoSparseNormal, SparseTensor, SubspaceModel, forbid_materialise
@@ -330,6 +331,21 @@ def test_a_user_s_init_function_sees_the_whole_site():
     mask = guide.active_sets["w0"].mask
     assert torch.equal(guide.median()["w0"], value * mask)
     assert torch.equal(guide.median()["b0"], torch.ones(8))
+
+
+@pytest.mark.filterwarnings("ignore::pyro_ssvi.PerformanceWarning")
+def test_reparameterised_sites_are_sparse():
+    def model(x):
+        tau = pyro.sample("tau", dist.HalfCauchy(1.0))
+        w = pyro.sample("w", dist.Normal(0.0, tau).expand([4, 6]).to_event(2))
+        pyro.sample("obs", dist.Normal(F.linear(x, w).sum(-1), 1.0).to_event(1), obs=y)
+
+    model = poutine.reparam(model, config={"w": LocScaleReparam(0.0)})
+    guide = AutoSparseNormal(model, density=0.25)
+    svi = SSVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    svi.step(x)
+    assert len(guide.active_sets["w_decentered"]) == 6
+    assert svi.exchange(x, share=0.3) == {"w_decentered": 2}
 
 
 def test_dtypes_may_mix():

@@ -64,7 +64,7 @@ class SparseInitMessenger(InitMessenger):
         self.density = density
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["value"] is not None or site_is_subsample(msg):
+        if msg["is_observed"] or site_is_subsample(msg):
             return
         density = self._density(msg)
         if density == 1:
@@ -110,7 +110,9 @@ class SparseInitMessenger(InitMessenger):
         elementwise = getattr(self.init_fn, "func", self.init_fn) in _ELEMENTWISE
         restricted = restrict(base, active) if elementwise else None
         with torch.no_grad():
-            if restricted is not None:
+            if msg["value"] is not None:  # as poutine.reparam gives its auxiliary sites
+                value = active.gather(msg["value"].detach())
+            elif restricted is not None:
                 fn = restricted.expand(torch.Size([k]))
                 value = self.init_fn({**msg, "fn": fn, "value": None})
             else:
