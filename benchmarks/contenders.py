@@ -8,7 +8,6 @@ AutoNormal would draw 15, and that, not training, would be its peak of memory.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -113,7 +112,9 @@ class Ivon(Deterministic):
     """A plain network, trained by IVON (Shen et al., ICML 2024) with one sample a step."""
 
     def make_optim(self) -> torch.optim.Optimizer:
-        return importlib.import_module("ivon").IVON(self.net.parameters(), lr=0.1, ess=NUM_DATA)
+        from ivon import IVON  # not everyone has it
+
+        return IVON(self.net.parameters(), lr=0.1, ess=NUM_DATA)
 
     def step(self) -> float:
         with self.optim.sampled_params(train=True):

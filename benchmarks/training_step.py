@@ -1,363 +1,390 @@
-"""Time and memory of a training step, side by side.
+"""What a training step costs: sparse guides beside dense ones, in time, memory and arithmetic.
 
-Every contender trains the same network, 784-H-H-10 with Gaussian priors, in a process of its own.
-The processes take turns, a round of steps each, so a drift of the machine's speed meets them
-all; ratios are formed round by round. Exchanges are included, at their share of the steps::
+Each contender is a process of its own that steps on command. They take turns, round by round, so
+that only one computes at a time and a slow spell of the machine hits all alike; ratios are formed
+round by round::
 
-    python benchmarks/training_step.py --hidden 400 1200 --json results/training_step.json
+    python benchmarks/training_step.py
+    python benchmarks/training_step.py --hidden 1200 --density 0.05 --json step.json
+    python benchmarks/training_step.py --contenders autonormal ssvi --quick
+
+The contenders (see contenders.py) train the network 784-H-H-10 on random images:
+
+- autonormal, autonormal-meanfield: Pyro's AutoNormal, with Trace_ELBO and TraceMeanField_ELBO
+- deterministic: a plain network with Adam; ivon: a plain network with IVON
+- masked: SSVI as published, with dense tensors times masks
+- ssvi, ssvi-meanfield: this package, with either loss; ssvi-torch: with torch's CSR products
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
+import math
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
-NUM_DATA = 60_000
-EVERY = 100  # steps between exchanges, as the default schedule has it
+FEATURES, CLASSES = 784, 10
+EXCHANGE_EVERY = 100
+DENSE = ("autonormal", "autonormal-meanfield", "deterministic", "ivon", "masked")
+SPARSE = ("ssvi", "ssvi-meanfield", "ssvi-torch")
+REFERENCES = ("autonormal", "deterministic")
+PACKAGES = ("pyro_ssvi", "pyro-ppl", "torch", "numba", "ivon-opt")
 
-CONTENDERS = {
-    "autonormal": "AutoNormal, Trace_ELBO",
-    "autonormal-meanfield": "AutoNormal, TraceMeanField_ELBO",
-    "deterministic": "deterministic, Adam",
-    "masked": "dense tensors times masks",
-    "ssvi": "AutoSparseNormal",
-    "ssvi-torch": "AutoSparseNormal, torch's CSR",
-}
-SPARSE = ("masked", "ssvi", "ssvi-torch")
+DEFAULTS = {"hidden": [400, 1200, 4000], "density": [0.1, 0.05, 0.01], "rounds": 5, "seconds": 0.5}
+QUICK = {"hidden": [400], "density": [0.05], "rounds": 2, "seconds": 0.1}
 
 
-# In the worker.
+# In the process of one contender.
+
+
+def memory(field: str) -> int | None:
+    """Bytes of this process: ``VmRSS`` now, ``VmHWM`` at its peak; where Linux tells."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    sizes = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
+    return 1024 * int(sizes[0]) if sizes else None
+
+
+def timed(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def take_turn(contender: Any, steps: int) -> dict[str, float]:
+    """Seconds a step, and the extra seconds of an exchange.
+
+    An exchange is paid for by two steps: the one that it follows, and the next, which lays out
+    the new active set.
+    """
+    for _ in range(steps // 10):
+        contender.step()  # the caches are another contender's
+    step = timed(lambda: [contender.step() for _ in range(steps)]) / steps
+    exchange = 0.0
+    if contender.exchange_step is not None:
+        exchange = timed(contender.exchange_step) + timed(contender.step) - 2 * step
+    return {"step": step, "exchange": exchange}
+
+
+def worker(args: argparse.Namespace) -> None:
+    """Answer each line of standard input: ``turn STEPS`` or ``report``."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no answer
+
+    import contenders
+    import pyro
+    import torch
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    pyro.set_rng_seed(0)
+    imports = memory("VmRSS")
+    batch = contenders.Batch(args.batch_size, FEATURES, CLASSES)
+    make = contenders.CONTENDERS[args.worker]
+    # Much is loaded at first use: torch's compiler by Adam, MKL's products, compiled kernels.
+    take_turn(make([FEATURES, CLASSES, CLASSES], batch, 0.1), 1)
+    small_net = memory("VmRSS")
+    pyro.clear_param_store()
+
+    contender = make([FEATURES, *args.hidden, *args.hidden, CLASSES], batch, *args.density)
+    for line in sys.stdin:
+        command, *numbers = line.split()
+        if command == "turn":
+            answer: dict[str, Any] = dict(take_turn(contender, int(numbers[0])))
+        else:
+            answer = {
+                "memory_bytes": {
+                    "peak": memory("VmHWM"),
+                    "after_imports": imports,
+                    "after_small_net": small_net,
+                },
+                "state_bytes": contender.state_bytes(),
+                "flops": contender.flops(),
+                "threads": torch.get_num_threads(),
+            }
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+# In the process that compares them.
+
+
+class Entry(NamedTuple):
+    """A contender at a density, which is None where it makes no difference to the cost."""
+
+    name: str
+    density: float | None
 
 
 class Worker:
-    """One contender: makes its network, then steps as it is told."""
+    """The process of one contender."""
 
-    def __init__(self, name: str, hidden: int, density: float, batch_size: int) -> None:
-        import pyro
-        import torch
-
-        # Everything a contender may import or start: the base line of its memory.
-        from pyro.infer.autoguide import AutoNormal  # noqa: F401
-
-        import pyro_ssvi
-
-        if name == "ssvi":
-            from pyro_ssvi.kernels import numba_cpu  # noqa: F401
-        torch.optim.Adam([torch.zeros(1, requires_grad=True)])
-        base = memory_now()
-
-        pyro.set_rng_seed(0)
-        self.x = torch.randn(batch_size, 784)
-        self.y = torch.randint(10, (batch_size,))
-        self.exchange: Callable[[], object] | None = None
-        sizes = [784, hidden, hidden, 10]
-        make = {
-            "autonormal": self.autonormal,
-            "autonormal-meanfield": self.autonormal,
-            "deterministic": self.deterministic,
-            "masked": self.masked,
-        }.get(name, self.ssvi)
-        if name == "ssvi-torch":
-            pyro_ssvi.kernels.use("torch")
-        make(name, sizes, density)
-        self.base = base
-
-    def model(self, sizes: list[int]) -> Callable:
-        import pyro
-        import pyro.distributions as dist
-        import torch
-        import torch.nn.functional as F
-
-        index = torch.arange(len(self.x))
-
-        def model(x: torch.Tensor, y: torch.Tensor) -> None:
-            prior = dist.Normal(0.0, 0.1)
-            for i in range(3):
-                w = pyro.sample(f"w{i}", prior.expand([sizes[i + 1], sizes[i]]).to_event(2))
-                b = pyro.sample(f"b{i}", prior.expand([sizes[i + 1]]).to_event(1))
-                x = F.linear(x if i == 0 else F.relu(x), w, b)
-            # The batch's places are given: drawing them anew is not what is measured.
-            with pyro.plate("data", NUM_DATA, subsample=index):
-                pyro.sample("obs", dist.Categorical(logits=x), obs=y)
-
-        return model
-
-    def autonormal(self, name: str, sizes: list[int], _: float) -> None:
-        import pyro
-        from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
-        from pyro.infer.autoguide import AutoNormal
-
-        model = self.model(sizes)
-        guide = AutoNormal(model, init_scale=0.01)
-        loss = TraceMeanField_ELBO() if name.endswith("meanfield") else Trace_ELBO()
-        svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss)
-        self.step = lambda: svi.step(self.x, self.y)
-        self.tensors = lambda: [*guide.parameters(), *pyro_states(svi)]
-
-    def ssvi(self, name: str, sizes: list[int], density: float) -> None:
-        import pyro
-        from pyro.infer import Trace_ELBO
-
-        from pyro_ssvi import SSVI, AutoSparseNormal, ConstantSchedule
-
-        model = self.model(sizes)
-        guide = AutoSparseNormal(model, density=density, init_scale=0.01)
-        schedule = ConstantSchedule(every=10**9)  # exchanges are timed apart
-        adam = pyro.optim.Adam({"lr": 1e-3})
-        svi = SSVI(model, guide, adam, Trace_ELBO(), schedule=schedule)
-        self.step = lambda: svi.step(self.x, self.y)
-        self.exchange = lambda: svi.exchange(self.x, self.y, share=0.3)
-        self.tensors = lambda: [*guide.parameters(), *guide.buffers(), *pyro_states(svi)]
-
-    def deterministic(self, name: str, sizes: list[int], _: float) -> None:
-        import torch
-        import torch.nn.functional as F
-        from torch import nn
-
-        layers: list[nn.Module] = []
-        for i in range(3):
-            layers += [nn.Linear(sizes[i], sizes[i + 1]), nn.ReLU()]
-        net = nn.Sequential(*layers[:-1])
-        optim = torch.optim.Adam(net.parameters(), lr=1e-3)
-
-        def step() -> None:
-            optim.zero_grad()
-            F.cross_entropy(net(self.x), self.y).backward()
-            optim.step()
-
-        self.step = step
-        self.tensors = lambda: [*net.parameters(), *states(optim)]
-
-    def masked(self, name: str, sizes: list[int], density: float) -> None:
-        """The way of the paper's own code, without Pyro: weights are dense, and masked."""
-        import torch
-        import torch.nn.functional as F
-
-        shapes = [(sizes[i + 1], sizes[i]) for i in range(3)]
-        masks = [(torch.rand(shape) < density).float() for shape in shapes]
-        locs = [torch.zeros(shape, requires_grad=True) for shape in shapes]
-        raws = [torch.full(shape, -4.6, requires_grad=True) for shape in shapes]
-        biases = [torch.zeros(shape[0], requires_grad=True) for shape in shapes]
-        optim = torch.optim.Adam([*locs, *raws, *biases], lr=1e-3)
-
-        def step() -> None:
-            optim.zero_grad()
-            h, kl = self.x, 0.0
-            for i, (loc, raw, mask, bias) in enumerate(zip(locs, raws, masks, biases, strict=True)):
-                scale = F.softplus(raw)
-                weight = (loc + scale * torch.randn_like(loc)) * mask
-                h = F.linear(h if i == 0 else F.relu(h), weight, bias)
-                ratio = (scale / 0.1).square()
-                kl = kl + 0.5 * (mask * (ratio + (loc / 0.1).square() - 1 - ratio.log())).sum()
-            (F.cross_entropy(h, self.y) * NUM_DATA + kl).backward()
-            optim.step()
-
-        self.step = step
-        self.tensors = lambda: [*locs, *raws, *biases, *masks, *states(optim)]
-
-    def report(self) -> dict[str, int]:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        size = sum(t.numel() * t.element_size() for t in self.tensors())
-        return {"peak_bytes": peak - self.base, "state_bytes": size}
-
-    def serve(self) -> None:
-        """Read a number of steps or ``exchange`` or ``report`` a line; answer in JSON."""
-        for line in sys.stdin:
-            command = line.strip()
-            if command == "report":
-                answer: object = self.report()
-            else:
-                act = self.exchange if command == "exchange" else self.step
-                assert act is not None
-                start = time.perf_counter()
-                for _ in range(1 if command == "exchange" else int(command)):
-                    act()
-                answer = time.perf_counter() - start
-            print(json.dumps(answer), flush=True)
-
-
-def states(optim: object) -> Iterator:
-    import torch
-
-    for state in optim.state.values():  # type: ignore[attr-defined]
-        yield from (value for value in state.values() if isinstance(value, torch.Tensor))
-
-
-def pyro_states(svi: object) -> Iterator:
-    for optim in svi.optim.optim_objs.values():  # type: ignore[attr-defined]
-        yield from states(optim)
-
-
-def memory_now() -> int:
-    """Resident memory of this process in bytes."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:  # no /proc: the peak so far, which only imports have made
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return pages * resource.getpagesize()
-
-
-# In the parent.
-
-
-class Contender:
-    """A worker in another process."""
-
-    def __init__(self, name: str, hidden: int, density: float, args: argparse.Namespace) -> None:
-        self.name, self.density = name, density if name in SPARSE else None
-        command = [sys.executable, __file__, "--worker", name, "--hidden", str(hidden)]
+    def __init__(self, entry: Entry, hidden: int, args: argparse.Namespace) -> None:
+        self.entry = entry
+        density = 0.05 if entry.density is None else entry.density
+        command = [sys.executable, __file__, "--worker", entry.name, "--hidden", str(hidden)]
         command += ["--density", str(density), "--batch-size", str(args.batch_size)]
-        environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
-        pipe = subprocess.PIPE
+        if args.threads is not None:
+            command += ["--threads", str(args.threads)]
         self.process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, text=True, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.rounds: list[float] = []  # seconds a step
-        self.exchanges: list[float] = []
 
-    def ask(self, command: object) -> object:
+    def ask(self, command: str) -> dict[str, Any]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        print(command, file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"contender {self.name} has died with {self.process.wait()}")
-        return json.loads(line)
+        try:
+            print(command, file=self.process.stdin, flush=True)
+            return json.loads(self.process.stdout.readline())
+        except (BrokenPipeError, json.JSONDecodeError):
+            raise RuntimeError(f"the process of {self.entry.name} ended, see above") from None
 
-    def warm_up(self, seconds: float) -> None:
-        self.ask(2)
-        once = float(self.ask(2)) / 2  # type: ignore[arg-type]
-        self.steps = max(1, round(seconds / once))
-        if self.name.startswith("ssvi"):
-            self.ask("exchange")
+    def close(self) -> None:
+        self.process.communicate()  # a worker ends where its input ends
 
-    def round(self) -> None:
-        self.rounds.append(float(self.ask(self.steps)) / self.steps)  # type: ignore[arg-type]
-        if self.name.startswith("ssvi"):
-            self.exchanges.append(float(self.ask("exchange")))  # type: ignore[arg-type]
 
-    def per_step(self) -> list[float]:
-        """Seconds a step in each round, exchanges included."""
-        if not self.exchanges:
-            return self.rounds
-        extra = statistics.median(self.exchanges) / EVERY
-        return [seconds + extra for seconds in self.rounds]
+def line_up(args: argparse.Namespace) -> list[Entry]:
+    """Those who take part: a dense contender once, a sparse one at each density."""
+    return [
+        Entry(name, density)
+        for name in args.contenders
+        for density in (args.density if name in SPARSE else [None])
+    ]
 
-    def close(self) -> dict:
-        report = self.ask("report")
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-        assert isinstance(report, dict)
-        return {
-            "name": self.name,
-            "density": self.density,
-            "seconds_per_step": self.per_step(),
-            "exchange_seconds": self.exchanges,
-            **report,
+
+def compile_kernels(args: argparse.Namespace) -> None:
+    """Have sparse kernels compiled, once for a machine, where it is not measured."""
+    if "ssvi" in args.contenders or "ssvi-meanfield" in args.contenders:
+        first = Worker(Entry("ssvi", 0.1), 32, args)
+        first.ask("turn 1")
+        first.close()
+
+
+def measure(hidden: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rounds in which each contender trains the network in turn; one result for each."""
+    workers = [Worker(entry, hidden, args) for entry in line_up(args)]
+    try:
+        for each in workers:
+            progress(f"H={hidden}: {each.entry.name} is set up")
+            each.ask("turn 1")
+        steps = [math.ceil(args.seconds / each.ask("turn 2")["step"]) for each in workers]
+        turns: list[list[dict]] = [[] for _ in workers]
+        for i in range(args.rounds):
+            for each, n, done in zip(workers, steps, turns, strict=True):
+                progress(f"H={hidden}: round {i + 1} of {args.rounds}, {each.entry.name}")
+                done.append({"steps": n, **each.ask(f"turn {n}")})
+        progress("")
+        return [
+            result(each.entry, done, each.ask("report"))
+            for each, done in zip(workers, turns, strict=True)
+        ]
+    finally:
+        for each in workers:
+            each.close()
+
+
+def result(entry: Entry, turns: list[dict], report: dict[str, Any]) -> dict[str, Any]:
+    """What is known of one contender: medians over rounds, and the rounds."""
+    rounds = [
+        {
+            "steps": turn["steps"],
+            "step_ms": 1000 * turn["step"],
+            "exchange_ms": 1000 * turn["exchange"],
+            "ms": 1000 * (turn["step"] + turn["exchange"] / EXCHANGE_EVERY),
+        }
+        for turn in turns
+    ]
+    ms = [one["ms"] for one in rounds]
+    exchange_ms = statistics.median(one["exchange_ms"] for one in rounds)
+    return {
+        "name": entry.name,
+        "density": entry.density,
+        "ms": statistics.median(ms),
+        "ms_min": min(ms),
+        "ms_max": max(ms),
+        "exchange_ms": exchange_ms if entry.name in SPARSE else None,
+        **report,
+        "rounds": rounds,
+    }
+
+
+def add_ratios(results: list[dict[str, Any]]) -> None:
+    """How many times faster than a reference: the median over rounds of the ratio of times."""
+    rounds_of = {each["name"]: each["rounds"] for each in results if each["name"] in REFERENCES}
+    for each in results:
+        each["times_faster_than"] = {
+            name: statistics.median(
+                reference["ms"] / own["ms"]
+                for reference, own in zip(rounds, each["rounds"], strict=True)
+            )
+            for name, rounds in rounds_of.items()
         }
 
 
-def measure(hidden: int, args: argparse.Namespace) -> list[dict]:
-    runs = [
-        (name, density)
-        for name in args.contenders
-        for density in (args.density if name in SPARSE else args.density[:1])
-    ]
-    contenders = [Contender(name, hidden, density, args) for name, density in runs]
-    for contender in contenders:
-        contender.warm_up(args.seconds)
-    for _ in range(args.rounds):
-        for contender in contenders:
-            contender.round()
-    return [contender.close() for contender in contenders]
+def progress(text: str) -> None:
+    """Show whoever watches what goes on, in a line that the next one replaces."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def ratio(rows: list[dict], row: dict, to: str, key: str = "seconds_per_step") -> float | None:
-    """How many times less ``row`` takes than the contender ``to``, in the median round."""
-    reference = next((other for other in rows if other["name"] == to), None)
-    if reference is None:
-        return None
-    if key == "seconds_per_step":
-        pairs = zip(reference[key], row[key], strict=True)
-        return statistics.median(theirs / ours for theirs, ours in pairs)
-    return reference[key] / row[key]
+HEAD = [
+    ("", "den-", "ms a", "", "exch.", "times faster", "than", "peak MB", "above", "state", ""),
+    (
+        "",
+        "sity",
+        "step",
+        "min .. max",
+        "ms",
+        "AutoNormal",
+        "Adam",
+        "import",
+        "small",
+        "MB",
+        "MFLOP",
+    ),
+]
 
 
-def table(rows: list[dict]) -> str:
-    def times(value: float | None) -> str:
-        return "-" if value is None else f"{value:.2f}x"
-
-    header = ("", "ms/step", "min-max", "exchange", "vs AutoNormal", "vs Adam")
-    lines = [(*header, "peak MB", "vs AutoNormal", "state MB")]
-    for row in rows:
-        density = "" if row["density"] is None else f" {row['density']:.0%}"
-        seconds, exchange = row["seconds_per_step"], row["exchange_seconds"]
-        lines.append(
-            (
-                CONTENDERS[row["name"]] + density,
-                f"{1e3 * statistics.median(seconds):.2f}",
-                f"{1e3 * min(seconds):.2f}-{1e3 * max(seconds):.2f}",
-                f"{1e3 * statistics.median(exchange):.0f} ms" if exchange else "",
-                times(ratio(rows, row, "autonormal")),
-                times(ratio(rows, row, "deterministic")),
-                f"{row['peak_bytes'] / 1e6:.0f}",
-                times(ratio(rows, row, "autonormal", "peak_bytes")),
-                f"{row['state_bytes'] / 1e6:.2f}",
-            )
-        )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [
+def table(results: list[dict[str, Any]]) -> str:
+    lines = [*HEAD, *map(cells, results)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = [
         "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
+            cell.rjust(width) if i else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
         for line in lines
     ]
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+    return "\n".join([*rows[:2], "-" * len(rows[0]), *rows[2:]])
 
 
-def main(argv: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hidden", type=int, nargs="+", default=[400, 1200])
-    parser.add_argument("--density", type=float, nargs="+", default=[0.1, 0.05, 0.01])
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of a round of a contender")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--json", type=Path, help="write settings and all rounds to this file")
-    parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if args.worker:
-        Worker(args.worker, args.hidden[0], args.density[0], args.batch_size).serve()
-        return {}
-
-    settings = {k: v for k, v in vars(args).items() if k not in ("json", "worker")}
-    settings |= {"python": platform.python_version(), "processor": platform.processor()}
-    results = {}
-    for hidden in args.hidden:
-        results[hidden] = rows = measure(hidden, args)
-        print(f"\n784-{hidden}-{hidden}-10, batch {args.batch_size}, {args.threads} threads\n")
-        print(table(rows), flush=True)
-    print(
-        f"\nms/step: median of {args.rounds} rounds, with one exchange in {EVERY} steps. vs: how "
-        "many times less, round by\nround. peak: above the process after its imports. state: "
-        "parameters, optimizer state, indices, masks."
+def cells(each: dict[str, Any]) -> tuple[str, ...]:
+    """A line of the table."""
+    memory_bytes, faster = each["memory_bytes"], each["times_faster_than"]
+    peak = memory_bytes["peak"]
+    return (
+        each["name"],
+        "" if each["density"] is None else f"{100 * each['density']:g}%",
+        digits(each["ms"]),
+        f"{digits(each['ms_min'])} .. {digits(each['ms_max'])}",
+        "" if each["exchange_ms"] is None else digits(each["exchange_ms"]),
+        *(f"{digits(faster[name])}x" if name in faster else "" for name in REFERENCES),
+        *(
+            "" if peak is None else digits((peak - memory_bytes[base]) / 1e6)
+            for base in ("after_imports", "after_small_net")
+        ),
+        digits(each["state_bytes"] / 1e6),
+        digits(each["flops"] / 1e6),
     )
+
+
+def digits(value: float) -> str:
+    """The number with about three digits."""
+    decimals = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    return f"{value:.{decimals}f}"
+
+
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = (*DENSE, *SPARSE)
+    parser.add_argument("--hidden", type=int, nargs="+", help="units in a hidden layer")
+    parser.add_argument("--density", type=float, nargs="+", help="of the sparse contenders")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--contenders", nargs="+", choices=names, default=names, metavar="NAME")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--seconds", type=float, help="a contender's steps in a round take so long")
+    parser.add_argument("--threads", type=int, help="of each contender (default: torch's)")
+    parser.add_argument("--json", type=Path, help="write settings and results to this file")
+    parser.add_argument("--quick", action="store_true", help="one small net, and short rounds")
+    parser.add_argument("--worker", choices=names, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    for name, value in (QUICK if args.quick else DEFAULTS).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name in ("rounds", "batch_size", "seconds", "threads"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0, got {value}")
+    if min(args.hidden) < 1:
+        parser.error(f"--hidden must be at least 1, got {min(args.hidden)}")
+    for density in args.density:
+        if not 0 < density <= 1:
+            parser.error(f"expected a density in (0, 1], got {density}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.worker:
+        worker(args)
+        return
+    args.contenders = list(args.contenders)
+    if "ivon" in args.contenders and importlib.util.find_spec("ivon") is None:
+        args.contenders.remove("ivon")
+        print("ivon is left out: pip install ivon-opt")
+    compile_kernels(args)
+    nets, threads = [], 0
+    for hidden in args.hidden:
+        results = measure(hidden, args)
+        add_ratios(results)
+        threads = max(each.pop("threads") for each in results)
+        sizes = [FEATURES, hidden, hidden, CLASSES]
+        net = "-".join(map(str, sizes))
+        print(f"\n{net}, batch {args.batch_size}, {threads} threads, {args.rounds} rounds\n")
+        print(table(results), flush=True)
+        nets.append({"sizes": sizes, "results": results})
+    found = versions()
+    print(
+        "\nms a step: median over rounds, with one exchange in 100 steps. exch.: extra time of an "
+        "exchange\nof 30 % of the coordinates. times faster: median of the ratios round by round. "
+        "peak: memory above\nthat after imports, and above that after training a small net. "
+        "state: parameters, optimizer,\nactive sets. MFLOP: of a step's products."
+    )
+    print(f"{cpu_model()}; " + ", ".join(f"{name} {each}" for name, each in found.items()))
     if args.json:
+        settings = {
+            "batch_size": args.batch_size,
+            "rounds": args.rounds,
+            "seconds": args.seconds,
+            "exchange_every": EXCHANGE_EVERY,
+            "threads": threads,
+            "cores": os.cpu_count(),
+            "cpu": cpu_model(),
+            "versions": found,
+        }
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"settings": settings, "results": results}, indent=2))
-    return results
+        args.json.write_text(json.dumps({"settings": settings, "nets": nets}, indent=2))
 
 
 if __name__ == "__main__":

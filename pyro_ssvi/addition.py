@@ -41,18 +41,15 @@ class Gradient:
     def choose(self, active: ActiveSet, n: int, record: GradientRecord) -> Tensor:
         """``n`` inactive coordinates, as flat indices.
 
-        :raises FloatingPointError: if a score is not finite.
+        :raises FloatingPointError: if one of the largest scores is not finite.
         """
-        finite = torch.ones((), dtype=torch.bool, device=active.device)
 
         def block(start: int, stop: int) -> Tensor:
-            nonlocal finite
-            score = self.score(record.block(active, start, stop) / self.batches)
-            finite = finite & score.isfinite().all()
-            return score
+            return self.score(record.block(active, start, stop) / self.batches)
 
-        added = top_inactive(active, n, block)
-        if not finite:
+        added, scores = top_inactive(active, n, block)
+        # NaN and infinity come first among the largest.
+        if not scores.isfinite().all():
             raise FloatingPointError("its gradient is not finite")
         return added
 

@@ -21,6 +21,7 @@ class _Matmul(torch.autograd.Function):
     def forward(
         ctx: Any, values: Tensor, x: Tensor, active: ActiveSet, transposed: bool, record: bool
     ) -> Tensor:
+        x = x.contiguous()  # once, for both passes
         ctx.save_for_backward(values, x)
         ctx.active, ctx.transposed = active, transposed
         ctx.record = recording() if record else None

@@ -13,7 +13,7 @@ from .active_set import ActiveSet
 __all__ = ["Move", "carry", "smallest", "swap", "top_inactive"]
 
 #: Bytes of scores held at once while a site is searched for coordinates to add.
-BLOCK_BYTES = 64 * 2**20
+BLOCK_BYTES = 8 * 2**20
 
 
 class Move(NamedTuple):
@@ -66,14 +66,15 @@ def top_inactive(
     n: int,
     block: Callable[[int, int], Tensor],
     block_bytes: int | None = None,
-) -> Tensor:
-    """The ``n`` inactive coordinates with the largest scores, as flat indices.
+) -> tuple[Tensor, Tensor]:
+    """The ``n`` inactive coordinates with the largest scores.
 
     Scores are asked for by blocks of rows, and only the best so far are kept: the memory
     needed does not grow with the site.
 
     :param block: ``block(start, stop)`` gives the scores of these rows of the site's matrix.
     :param block_bytes: size of a block of float32 scores, :data:`BLOCK_BYTES` by default.
+    :return: their flat indices and scores, both ``[n]``. NaN counts as the largest score.
     """
     rows, cols = active.matrix_shape
     step = max(1, (BLOCK_BYTES if block_bytes is None else block_bytes) // (4 * cols))
@@ -92,4 +93,4 @@ def top_inactive(
         score, index = torch.cat([best_score.to(score), score]), torch.cat([best_index, index])
         best_score, place = score.topk(min(n, len(score)), sorted=False)
         best_index = index[place]
-    return best_index
+    return best_index, best_score

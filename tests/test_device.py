@@ -55,7 +55,7 @@ def test_exchange(active):
     gradient = torch.ones(10, 6, device=cuda)
     for criterion in REMOVAL.values():
         removed = smallest(criterion(loc, scale), 4)
-        added = top_inactive(active, 4, lambda a, b: gradient[a:b])
+        added, _ = top_inactive(active, 4, lambda a, b: gradient[a:b])
         move = swap(active, removed, added)
         carry(loc, move.source, torch.zeros_like(loc))
         assert move.indices.device == move.source.device == loc.device

@@ -54,8 +54,9 @@ def test_top_inactive_equals_a_full_sort(active, block_bytes, data):
     n = data.draw(st.integers(0, active.numel() - len(active)))
     scores = torch.randperm(active.numel()).float()  # no ties
     matrix = scores.reshape(active.matrix_shape)
-    found = top_inactive(active, n, lambda a, b: matrix[a:b], block_bytes)
+    found, best = top_inactive(active, n, lambda a, b: matrix[a:b], block_bytes)
     inactive = (~active.mask).flatten().nonzero().squeeze(-1)
     expected = inactive[scores[inactive].argsort(descending=True)[:n]]
     assert set(found.tolist()) == set(expected.tolist())
+    assert torch.equal(best, scores[found])
     assert torch.equal(matrix.flatten(), scores)  # what the block gave is left alone
