@@ -71,7 +71,9 @@ def _module(name: str) -> ModuleType:
 def _has_numba() -> bool:
     found = importlib.util.find_spec("numba") is not None
     if not found:
-        logger.info("numba is not installed: sparse products on CPU take two to three times longer")
+        logger.info(
+            "numba is not installed: sparse products on CPU are slower; it is in pyro-ssvi[cpu]"
+        )
     return found
 
 
