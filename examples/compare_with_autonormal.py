@@ -18,7 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 
 import datasets
@@ -28,7 +28,7 @@ import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from pyro import poutine
-from pyro.infer import Trace_ELBO
+from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_calibration_error
@@ -36,8 +36,6 @@ from tqdm import tqdm
 
 from pyro_ssvi import SSVI, AutoSparseNormal, CosineSchedule, __version__
 
-PRIOR_SCALE = 0.1
-INIT_SCALE = 0.01
 NUM_SAMPLES = 16  # posterior samples of a prediction
 
 # Hidden units, epochs, batch size, steps between exchanges.
@@ -49,13 +47,16 @@ DEFAULTS = {
 }
 
 
-def make_model(sizes: list[int], num_data: int) -> Callable:
-    """A Bayesian multi-layer perceptron with layers of the given sizes."""
+def make_model(sizes: list[int], prior_scale: float, num_data: float) -> Callable:
+    """A Bayesian multi-layer perceptron with layers of the given sizes.
+
+    :param num_data: how many data a minibatch stands for.
+    """
 
     def model(x: Tensor, y: Tensor | None = None) -> Tensor:
         zero = x.new_zeros(())
         for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
-            prior = dist.Normal(zero, PRIOR_SCALE)
+            prior = dist.Normal(zero, prior_scale)
             w = pyro.sample(f"w{i}", prior.expand([fan_out, fan_in]).to_event(2))
             b = pyro.sample(f"b{i}", prior.expand([fan_out]).to_event(1))
             x = F.linear(x if i == 0 else F.relu(x), w, b)
@@ -101,6 +102,9 @@ class Deterministic:
     def predict(self, x: Tensor) -> Tensor:
         return self.net(x).softmax(-1)
 
+    def first_layer(self) -> list[Tensor]:
+        return []
+
     def tensors(self) -> Iterator[Tensor]:
         yield from self.net.parameters()
         yield from tensors_of(self.optim.state)
@@ -117,26 +121,23 @@ class Bayesian:
         density: float | None,
     ) -> None:
         self.objective = "ELBO per datum"
-        self.num_data = len(data.train_y)
-        self.model = make_model(sizes, self.num_data)
-        options = {"init_loc_fn": init_to_fan_in(density or 1.0), "init_scale": INIT_SCALE}
+        num_data = len(data.train_y)
+        # The KL divergence counts kl_weight times when the data count 1 / kl_weight times.
+        self.num_data = num_data / args.kl_weight
+        self.model = make_model(sizes, args.prior_scale, self.num_data)
+        options = {"init_loc_fn": init_to_fan_in(density or 1.0), "init_scale": args.init_scale}
+        optim = pyro.optim.Adam({"lr": args.lr})
         if density is None:
             self.name = "AutoNormal"
             self.guide = AutoNormal(self.model, **options)
+            self.svi = SVI(self.model, self.guide, optim, Trace_ELBO())
         else:
             self.name = f"AutoSparseNormal {100 * density:.3g}%"
             self.guide = AutoSparseNormal(self.model, density=density, **options)
-        # With a guide that is not sparse, SSVI is SVI with a weight for the KL divergence.
-        steps = args.epochs * math.ceil(self.num_data / args.batch_size)
-        every = min(args.exchange_every, max(1, int(0.75 * steps)))
-        self.svi = SSVI(
-            self.model,
-            self.guide,
-            pyro.optim.Adam({"lr": args.lr}),
-            Trace_ELBO(),
-            schedule=CosineSchedule(every=every, stop=max(every, int(0.75 * steps))),
-            kl_weight=args.kl_weight,
-        )
+            steps = args.epochs * math.ceil(num_data / args.batch_size)
+            stop = max(1, int(0.75 * steps))
+            schedule = CosineSchedule(every=min(args.exchange_every, stop), stop=stop)
+            self.svi = SSVI(self.model, self.guide, optim, Trace_ELBO(), schedule=schedule)
         self.store = None  # each guide has a parameter store of its own
         with self.own_store():
             self.guide(data.train_x[:1], data.train_y[:1])  # makes its parameters
@@ -162,11 +163,10 @@ class Bayesian:
     def active(self) -> int:
         return sum(p.numel() for p in self.guide.parameters()) // 2  # loc and scale
 
-    @property
-    def first_layer(self) -> Tensor | None:
-        """The flat indices of the first layer's active weights."""
+    def first_layer(self) -> list[Tensor]:
+        """The flat indices of the first layer's active weights, if there is a choice of them."""
         is_sparse = isinstance(self.guide, AutoSparseNormal)
-        return self.guide.active_sets["w0"].indices.clone() if is_sparse else None
+        return [self.guide.active_sets["w0"].indices] if is_sparse else []
 
     def tensors(self) -> Iterator[Tensor]:
         yield from self.guide.parameters()
@@ -193,10 +193,13 @@ def evaluate(contender: Deterministic | Bayesian, x: Tensor, y: Tensor) -> dict[
 def train(contenders: list, data: datasets.Dataset, args: argparse.Namespace) -> list[dict]:
     """Train all contenders, in turns of an epoch.
 
-    :return: for each contender its losses by epoch, times by step, and snapshots of the first
-        layer's active set.
+    :return: for each contender its losses by epoch, times by step, and the first layer's active
+        set before training and after each epoch.
     """
-    logs: list[dict] = [{"loss": [], "seconds": [], "first_layer": []} for _ in contenders]
+    logs: list[dict] = [
+        {"loss": [], "seconds": [], "first_layer": contender.first_layer()}
+        for contender in contenders
+    ]
     order = torch.Generator().manual_seed(args.seed)
     bars = [
         tqdm(
@@ -223,8 +226,7 @@ def train(contenders: list, data: datasets.Dataset, args: argparse.Namespace) ->
                 bar.update()
             log["loss"].append(statistics.fmean(losses))
             bar.set_postfix_str(f"-{contender.objective} {log['loss'][-1]:.3f}")
-            if isinstance(contender, Bayesian) and contender.first_layer is not None:
-                log["first_layer"].append(contender.first_layer)
+            log["first_layer"] += contender.first_layer()
     for bar in bars:
         bar.close()
     return logs
@@ -266,45 +268,48 @@ def plot(rows: list[dict], logs: list[dict], image_shape: tuple[int, int, int], 
     import matplotlib.pyplot as plt
 
     # Okabe and Ito's colours, told apart by the colour-blind too.
-    colours = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-    colour = {row["name"]: colours[i % len(colours)] for i, row in enumerate(rows)}
-    figure, axes = plt.subplots(1, 5, figsize=(20, 4.2), width_ratios=[4, 4, 4, 3, 3])
-    for row, log in zip(rows, logs, strict=True):
+    colours = cycle(["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"])
+    mosaic = [["loss", "accuracy", "settling"], ["before", "after", "legend"]]
+    figure, axes = plt.subplot_mosaic(mosaic, figsize=(13, 7.5), layout="constrained")
+    for row, log, colour in zip(rows, logs, colours, strict=False):
         epochs = range(1, len(log["loss"]) + 1)
-        if row["name"] != "deterministic":
-            axes[0].plot(epochs, log["loss"], label=row["name"], color=colour[row["name"]])
-        marker = "x" if row["name"] == "deterministic" else "o"
-        accuracy, label = 100 * row["accuracy"], row["name"]
-        axes[1].plot(row["active"], accuracy, marker, label=label, color=colour[label])
-        sets = log["first_layer"]
-        kept = [100 * torch.isin(new, old).float().mean().item() for old, new in pairwise(sets)]
-        if kept:
-            axes[2].plot(epochs[1:], kept, label=row["name"], color=colour[row["name"]])
-    axes[0].set(title="Negative ELBO per datum", xlabel="epoch", yscale="log")
-    axes[1].set(title="Test accuracy, %", xlabel="active parameters", xscale="log")
-    axes[2].set(title="First layer: active weights kept, %", xlabel="epoch", ylim=(0, 102))
-    axes[1].xaxis.set_minor_formatter("")
-    for axis in axes[:3]:
-        axis.legend(frameon=False, fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
+        is_net = row["name"] == "deterministic"
+        if not is_net:
+            axes["loss"].plot(epochs, log["loss"], ".-", color=colour)
+        style = {"marker": "X" if is_net else "o", "ms": 9, "color": colour, "ls": "none"}
+        axes["accuracy"].plot(row["active"], 100 * row["accuracy"], label=row["name"], **style)
+        if sets := log["first_layer"]:
+            settled = [100 * torch.isin(sets[-1], each).float().mean().item() for each in sets]
+            axes["settling"].plot(settled, ".-", color=colour)
+    axes["loss"].set(title="Negative ELBO per datum", xlabel="epoch", yscale="log")
+    axes["loss"].yaxis.set_major_formatter("{x:g}")
+    axes["loss"].yaxis.set_minor_formatter("{x:.1g}")
+    axes["accuracy"].set(title="Test accuracy, %", xlabel="active parameters", xscale="log")
+    title = "First layer: final weights already active, %"
+    axes["settling"].set(title=title, xlabel="epoch", ylim=(0, 103))
+    for name in mosaic[0]:
+        axes[name].spines[["top", "right"]].set_visible(False)
+        axes[name].grid(alpha=0.25)
 
-    sparsest = max(i for i, log in enumerate(logs) if log["first_layer"])
+    # The receptive fields of the sparsest first layer.
+    sparse = [i for i, log in enumerate(logs) if log["first_layer"]]
+    sparsest = min(sparse, key=lambda i: rows[i]["active"])
     sets = logs[sparsest]["first_layer"]
-    height, width, channels = image_shape
-    fields = [
-        torch.bincount(active % (height * width * channels), minlength=height * width * channels)
-        .reshape(height, width, channels)
-        .sum(-1)
-        for active in (sets[0].cpu(), sets[-1].cpu())
-    ]
-    top = max(int(field.max()) for field in fields)
-    for axis, field, when in zip(axes[3:], fields, ("first", "last"), strict=True):
-        image = axis.imshow(field, cmap="viridis", vmin=0, vmax=top)
-        axis.set(title=f"{when} epoch", xticks=[], yticks=[])
-    axes[3].set_xlabel(f"active weights of each pixel, {rows[sparsest]['name']}", loc="left")
-    figure.colorbar(image, ax=axes[3:], shrink=0.8)
+    pixels = math.prod(image_shape)
+    counts = {
+        when: torch.bincount(active.cpu() % pixels, minlength=pixels).reshape(image_shape).sum(-1)
+        for when, active in (("before", sets[0]), ("after", sets[-1]))
+    }
+    top = max(int(count.max()) for count in counts.values())
+    for when, count in counts.items():
+        image = axes[when].imshow(count, cmap="viridis", vmin=0, vmax=top)
+        axes[when].set(title=f"Active weights of each pixel {when} training", xticks=[], yticks=[])
+        axes[when].set_xlabel(rows[sparsest]["name"])
+    figure.colorbar(image, ax=axes["after"], shrink=0.8)
+    axes["legend"].axis("off")
+    axes["legend"].legend(*axes["accuracy"].get_legend_handles_labels(), loc="center", fontsize=12)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
@@ -319,6 +324,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--exchange-every", type=int, help="steps between exchanges")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of Adam")
     parser.add_argument("--kl-weight", type=float, default=0.1, help="factor of the KL divergence")
+    parser.add_argument("--prior-scale", type=float, default=0.3, help="sd of weights in the prior")
+    parser.add_argument("--init-scale", type=float, default=0.01, help="sd of weights at the start")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -370,8 +377,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     print("\n" + table(rows))
     print(
         f"\nNLL and ECE with {NUM_SAMPLES} posterior samples. active: coordinates with a "
-        "posterior.\nbytes: variational parameters, indices and optimizer state. smaller, faster: "
-        "against\nAutoNormal; ms/step is a median."
+        "posterior.\nbytes: variational parameters, indices and optimizer state, without the "
+        "working copies\nof the indices that products keep. smaller, faster: against AutoNormal; "
+        "ms/step is a median."
     )
     plot(rows, logs, data.image_shape, args.plot)
     print(f"Plot: {args.plot}")

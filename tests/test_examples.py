@@ -60,6 +60,7 @@ def test_compare_with_autonormal(tmp_path):
     ("arguments", "message"),
     [
         ("--density 1.5", "expected a density in (0, 1], got 1.5"),
+        ("--density 0.0001", "would get 0 active coordinates"),
         ("--dataset mnist", "--dataset mnist needs --data-dir"),
         ("--epochs 0", "--epochs must be at least 1"),
         ("--dataset svhn", "invalid choice: 'svhn'"),
