@@ -25,7 +25,8 @@ class Gradient:
     :param batches: gradients are averaged over the last so many steps before an exchange.
     :param at: ``"sample"`` takes the gradient of the training steps themselves, which costs no
         extra pass; ``"mean"`` makes an extra pass for each batch with q at its mean.
-    :param score: ``score(gradient) -> scores`` of the same shape; the largest are added.
+    :param score: ``score(gradient) -> scores`` of the same shape, elementwise; the largest are
+        added. It sees a site's matrix by blocks of rows.
     """
 
     batches: int = 1
@@ -45,7 +46,14 @@ class Gradient:
         """
 
         def block(start: int, stop: int) -> Tensor:
-            return self.score(record.block(active, start, stop) / self.batches)
+            gradient = record.block(active, start, stop) / self.batches
+            scores = self.score(gradient)
+            if scores.shape != gradient.shape or not scores.is_floating_point():
+                raise ValueError(
+                    f"the addition criterion gave {scores.dtype} scores of shape "
+                    f"{tuple(scores.shape)}, expected floats of shape {tuple(gradient.shape)}"
+                )
+            return scores
 
         added, scores = top_inactive(active, n, block)
         # NaN and infinity come first among the largest.
@@ -76,9 +84,9 @@ def addition_criterion(spec: str | Addition | Callable[[Tensor], Tensor]) -> Add
     """
     if isinstance(spec, Gradient | Random):
         return spec
-    if callable(spec):
+    if callable(spec) and not isinstance(spec, type):
         return Gradient(score=spec)
-    if spec not in ADDITION:
+    if not isinstance(spec, str) or spec not in ADDITION:
         raise ValueError(
             f"unknown addition criterion {spec!r}; expected one of {sorted(ADDITION)}, "
             "addition.Gradient(batches=..., at=...), or a callable(gradient) -> scores"

@@ -33,10 +33,10 @@ class _Matmul(torch.autograd.Function):
         values, x = ctx.saved_tensors
         # W @ x has the gradient g @ x.T, W.T @ x has x @ g.T: rows first, columns second.
         rows, cols = (x, g) if ctx.transposed else (g, x)
-        if ctx.record is not None:
-            ctx.record.add_product(ctx.active, rows, cols)
         grad_values = grad_x = None
         if ctx.needs_input_grad[0]:
+            if ctx.record is not None:
+                ctx.record.add_product(ctx.active, rows, cols)
             grad_values = kernels.sampled(ctx.active, rows, cols)
         if ctx.needs_input_grad[1]:
             grad_x = kernels.matmul(ctx.active, values, g, not ctx.transposed)
@@ -59,7 +59,7 @@ class _Conv(torch.autograd.Function):
         ctx.record = recording() if record else None
         out = kernels.matmul(active.block_diagonal(groups), values, patches.columns(x))
         height, width = patches.out_size((x.shape[2], x.shape[3]))
-        return out.view(-1, len(x), height, width).transpose(0, 1)
+        return out.view(active.shape[0], len(x), height, width).transpose(0, 1)
 
     @staticmethod
     @once_differentiable
@@ -86,8 +86,8 @@ class _Rows(torch.autograd.Function):
         ctx: Any, values: Tensor, index: Tensor, active: ActiveSet, frozen: int | None
     ) -> Tensor:
         crow, col, _, (_, width) = active.csr
-        start = crow[index].long()
-        count = crow[index + 1] - start
+        start = crow.index_select(0, index).long()  # which refuses what is out of range
+        count = crow.index_select(0, index + 1) - start
         owner = torch.repeat_interleave(count)
         first = count.cumsum(0) - count
         entry = torch.arange(len(owner), device=index.device) + (start - first)[owner]

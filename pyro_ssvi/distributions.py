@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from typing import Any
 
@@ -112,8 +114,9 @@ class SparseNormal(TorchDistribution):
 
         :param value: a SparseTensor with this active set, or a dense tensor.
         """
-        if isinstance(value, SparseTensor) and self.active.same(value.active):
-            return self._log_prob(value.values)
+        own = isinstance(value, SparseTensor) and not value.transposed
+        if own and self.active.same(value.active):  # type: ignore[attr-defined]
+            return self._log_prob(value.values)  # type: ignore[arg-type]
         dense = value.to_dense()
         log_prob = self._log_prob(self.active.gather(dense))
         off = (dense != 0) & ~self.active.mask
@@ -244,32 +247,31 @@ def restrict(base: Distribution, active: ActiveSet) -> Distribution | None:
         distribution is not given by parameters for each element.
     """
     family: Any = type(base)
+    if not _is_given_by_parameters(family):
+        return None
     values = {}
     for name in base.arg_constraints:
         param = getattr(base, name, None)
         if not isinstance(param, Tensor) or param.shape != base.batch_shape:
             return None
         values[name] = _take(param, active)
-    if not values:
-        return None
-    try:
-        return family(**values, validate_args=False)
-    except TypeError:  # a constructor that takes something other than its parameters
-        return None
+    return family(**values, validate_args=False)
+
+
+@functools.cache
+def _is_given_by_parameters(family: Any) -> bool:
+    """Whether a family's constructor takes its parameters and nothing else."""
+    names = set(inspect.signature(family.__init__).parameters) - {"self", "validate_args"}
+    return bool(names) and names == set(family.arg_constraints)
 
 
 def _take(param: Tensor, active: ActiveSet) -> Tensor:
     """The active entries of ``param [*extra, *shape]``, reading a repeated number once."""
-    dims = len(active.shape)
-    extra = param.dim() - dims
-    sizes = [
-        1 if stride == 0 else size for size, stride in zip(param.shape, param.stride(), strict=True)
-    ]
-    if sizes == list(param.shape):
+    extra = param.dim() - len(active.shape)
+    small = _without_repeats(param)
+    sizes = small.shape
+    if sizes == param.shape:
         return active.gather(param)
-    # Not through the view itself: the gradient of an expanded tensor has its full size.
-    source = param._base if param.requires_grad and param._base is not None else param
-    small = source.as_strided(sizes, param.stride(), param.storage_offset())
     if all(size == 1 for size in sizes[extra:]):
         return small.reshape(*sizes[:extra], 1)
     places = torch.unravel_index(active.indices, active.shape)
@@ -277,6 +279,44 @@ def _take(param: Tensor, active: ActiveSet) -> Tensor:
     for size, place in zip(sizes[extra:], places, strict=True):
         flat = flat * size + (place if size > 1 else 0)
     return small.reshape(*sizes[:extra], -1).index_select(-1, flat)
+
+
+def single_number(param: Tensor) -> Tensor | None:
+    """The number ``[1]`` that ``expand()`` repeated to make a tensor, or None."""
+    small = _without_repeats(param)
+    return small.reshape(1) if small.numel() == 1 else None
+
+
+def _without_repeats(param: Tensor) -> Tensor:
+    """A tensor with the dimensions along which it repeats cut down to size 1."""
+    sizes = [
+        1 if stride == 0 else size for size, stride in zip(param.shape, param.stride(), strict=True)
+    ]
+    if sizes == list(param.shape):
+        return param
+    if param._base is not None and _is_plain_view(param):
+        # Past the view itself: the gradient of an expanded tensor has its full size.
+        return param._base.as_strided(sizes, param.stride(), param.storage_offset())
+    for dim, size in enumerate(sizes):
+        param = param.narrow(dim, 0, size)
+    return param
+
+
+_VIEWS = {
+    f"{name}Backward0"
+    for name in ("Expand", "Permute", "Select", "Slice", "Squeeze", "T", "Transpose", "Unsqueeze")
+} | {"SqueezeBackward1", "ViewBackward0"}
+
+
+def _is_plain_view(param: Tensor) -> bool:
+    """Whether autograd, too, has nothing but views between a tensor and its base."""
+    base, node = param._base, param.grad_fn
+    assert base is not None
+    if not base.requires_grad or base.dtype != param.dtype:
+        return False
+    while type(node).__name__ in _VIEWS and node is not base.grad_fn:
+        node = node.next_functions[0][0]  # type: ignore[union-attr]
+    return node is not None and (node is base.grad_fn or getattr(node, "variable", None) is base)
 
 
 @register_kl(Distribution, SubspacePrior)

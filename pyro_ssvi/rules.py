@@ -197,7 +197,9 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    if not _is_matrix(weight) or weight.transposed or input.is_floating_point():
+    if not _is_matrix(weight) or weight.transposed:
+        return NotImplemented
+    if input.dtype not in (torch.int32, torch.int64):
         return NotImplemented
     if max_norm is not None or scale_grad_by_freq:
         return NotImplemented

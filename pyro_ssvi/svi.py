@@ -19,8 +19,9 @@ from pyro.infer import (
     TraceMeanField_ELBO,
 )
 from pyro.infer.tracegraph_elbo import JitTraceGraph_ELBO
-from pyro.infer.util import zero_grads
+from pyro.infer.util import torch_item, zero_grads
 from pyro.optim import PyroOptim
+from pyro.poutine import runtime
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -30,6 +31,7 @@ from .criteria import removal_criterion
 from .distributions import SparseNormal, SubspaceMessenger, elementwise_base
 from .errors import NonFiniteWarning
 from .exchange import Move, smallest, swap
+from .fused_elbo import FusedELBO, NotFusedError
 from .gradient_record import GradientRecord
 from .guides import AutoSparseNormal
 from .optimizer_state import carry_state
@@ -65,9 +67,11 @@ class SSVI(SVI):
     """Sparse subspace variational inference (Li, Miao, Qiu, Zhang, ICLR 2024).
 
     Takes the place of :class:`pyro.infer.SVI` for an :class:`AutoSparseNormal`, or for a guide
-    with such parts. Every step is a step of SVI. After the steps that the schedule names, each
-    sparse site exchanges coordinates: the active ones that matter least are removed and as many
-    inactive ones that promise most are added, so their number never changes::
+    with such parts. Every step is a step of SVI, but one whose loss or gradient is not finite
+    changes nothing and gives a :class:`~pyro_ssvi.errors.NonFiniteWarning`. After the steps that
+    the schedule names, each sparse site exchanges coordinates: the active ones that matter least
+    are removed and as many inactive ones that promise most are added, so their number never
+    changes::
 
         svi = SSVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO(),
                    schedule=CosineSchedule(stop=int(0.75 * num_steps)))
@@ -87,7 +91,8 @@ class SSVI(SVI):
     :param new_scale: standard deviation of an added coordinate, or ``"mean"``: the mean of those
         of its site that stay.
     :param kl_weight: factor of the KL divergence from the prior (and not of the likelihood): a
-        number, or a callable of the number of steps taken so far.
+        number, or a callable of the number of steps taken so far. Enumerated sites, which are
+        summed out, count to the likelihood.
     :param local_reparam: draw the results of products with sparse sites instead of the sites
         themselves (Kingma, Salimans, Welling, 2015): gradients vary less, at the price of a
         second product. Each use of a value in the model is then a draw of its own. Needs a
@@ -120,9 +125,18 @@ class SSVI(SVI):
                 "local_reparam=True needs a loss that does not evaluate densities at the drawn "
                 f"weights: use TraceMeanField_ELBO, got {type(loss).__name__}"
             )
-        if new_scale != "mean" and not (isinstance(new_scale, float) and new_scale > 0):
+        if new_scale != "mean" and not (isinstance(new_scale, float) and 0 < new_scale < math.inf):
             raise ValueError(f"expected new_scale='mean' or a float > 0, got {new_scale!r}")
+        if not (schedule is None or hasattr(schedule, "due")):
+            raise ValueError(f"expected a schedule such as CosineSchedule(), got {schedule!r}")
+        if not callable(kl_weight):
+            _check_weight(kl_weight)
         super().__init__(SubspaceModel(model), guide, optim, loss, **kwargs)
+        if not isinstance(guide, torch.nn.Module):
+            raise ValueError(
+                f"SSVI cannot find the sparse parts of {guide!r}, which is not a module: apply "
+                "handlers in the forward() of a PyroModule that has the guide as an attribute"
+            )
         self.removal = removal_criterion(removal)
         self.addition = addition_criterion(addition)
         self.schedule = CosineSchedule() if schedule is None else schedule
@@ -131,21 +145,30 @@ class SSVI(SVI):
                 f"addition averages over {self.addition.batches} batches, but the schedule "
                 f"exchanges every {self.schedule.every} steps"
             )
+        at_mean = isinstance(self.addition, Gradient) and self.addition.at == "mean"
+        if at_mean and getattr(loss, "vectorize_particles", False):
+            raise ValueError(
+                "Gradient(at='mean') has one value of the weights for all particles: use a loss "
+                "without vectorize_particles"
+            )
         self.new_scale = new_scale
         self.kl_weight = kl_weight
         self.local_reparam = local_reparam
         #: Number of steps taken.
         self.steps = 0
         self._record = GradientRecord()
+        self._elbo = loss
+        self._elbo_loss_and_grads = loss.loss_and_grads
+        self.loss_and_grads: Callable = self._loss_and_grads
+        self._fused: FusedELBO | None = None
+        self._is_validated = False
 
     @property
     def guides(self) -> list[AutoSparseNormal]:
         """The sparse guides that take part in exchanges."""
-        if not isinstance(self.guide, torch.nn.Module):
-            return []
         return [part for part in self.guide.modules() if isinstance(part, AutoSparseNormal)]
 
-    def step(self, *args: Any, **kwargs: Any) -> float:
+    def step(self, *args: Any, **kwargs: Any) -> Any:
         """Take a gradient step, then exchange coordinates if the schedule says so.
 
         :return: the estimate of the loss, as :meth:`pyro.infer.SVI.step`.
@@ -153,18 +176,52 @@ class SSVI(SVI):
         now = self.steps + 1
         feeds_exchange = any(self.schedule.due(now + i) for i in range(self.addition.batches))
         with ExitStack() as stack:
-            stack.enter_context(self._handlers())
             if feeds_exchange:
                 self._collect(stack, args, kwargs)
-            loss = super().step(*args, **kwargs)
+            with poutine.trace(param_only=True) as capture:
+                loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
+        params = {node["value"].unconstrained() for node in capture.trace.nodes.values()}
+        finite = _is_finite(loss) and _have_finite_gradients(params)
+        if finite:
+            self.optim(params)
+        else:
+            warnings.warn(
+                f"step {now} skipped: its loss or gradient is not finite",
+                NonFiniteWarning,
+                stacklevel=2,
+            )
+            self._record = GradientRecord()
+        zero_grads(params)
         self.steps = now
-        if self.schedule.due(now):
+        if finite and self.schedule.due(now):
             self._exchange(self.schedule.share(now))
-        return loss
+        if isinstance(loss, tuple):  # as that of ReweightedWakeSleep
+            return type(loss)(map(torch_item, loss))
+        return torch_item(loss)
+
+    def _loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Any:
+        weight = self._kl_weight()
+        # Handlers of others cannot be passed over: that on the stack is the step's own.
+        alone = guide is self.guide and len(runtime._PYRO_STACK) == 1
+        if self._fused is not None and alone:
+            try:
+                loss = self._fused(self.model.model, args, kwargs, weight, self.local_reparam)
+            except NotFusedError:
+                self._fused = None
+            else:
+                loss.backward()
+                return loss.item()
+        with self._handlers(weight, self.local_reparam and guide is self.guide):
+            result = self._elbo_loss_and_grads(model, guide, *args, **kwargs)
+        if not self._is_validated and guide is self.guide:
+            # Pyro's own has looked at every site; from now on there is a shorter way.
+            self._is_validated = True
+            self._fused = FusedELBO.of(self._elbo, guide)
+        return result
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The estimate of the loss, without a step."""
-        with self._handlers():
+        with self._handlers(self._kl_weight(), self.local_reparam):
             return super().evaluate_loss(*args, **kwargs)
 
     def exchange(self, *args: Any, share: float | None = None, **kwargs: Any) -> dict[str, int]:
@@ -174,18 +231,27 @@ class SSVI(SVI):
             this step.
         :return: how many coordinates of each site were exchanged.
         """
+        if share is None:
+            share = self.schedule.share(self.steps)
+        elif not 0 <= share <= 1:
+            raise ValueError(f"expected a share in [0, 1], got {share!r}")
         self._record = GradientRecord()
         if isinstance(self.addition, Gradient):
             self._backward(args, kwargs)
-        return self._exchange(self.schedule.share(self.steps) if share is None else share)
+        return self._exchange(share)
+
+    def _kl_weight(self) -> float:
+        if callable(self.kl_weight):
+            return _check_weight(self.kl_weight(self.steps))
+        return self.kl_weight
 
     @contextmanager
-    def _handlers(self) -> Iterator[None]:
-        weight = self.kl_weight(self.steps) if callable(self.kl_weight) else self.kl_weight
+    def _handlers(self, weight: float, local_reparam: bool) -> Iterator[None]:
+        """What this class adds to Pyro's own ELBO."""
         with ExitStack() as stack:
             if weight != 1.0:
                 stack.enter_context(_LatentScale(weight))
-            if self.local_reparam:
+            if local_reparam:
                 stack.enter_context(_LocalReparam())
             yield
 
@@ -201,7 +267,7 @@ class SSVI(SVI):
         """Record the gradient of one batch, and leave none with the parameters."""
         at_mean = isinstance(self.addition, Gradient) and self.addition.at == "mean"
         guide = _AtMean()(self.guide) if at_mean else self.guide
-        with poutine.trace(param_only=True) as capture, self._handlers(), self._record:
+        with poutine.trace(param_only=True) as capture, self._record:
             self.loss_and_grads(self.model, guide, *args, **kwargs)
         zero_grads({node["value"].unconstrained() for node in capture.trace.nodes.values()})
 
@@ -251,6 +317,23 @@ class SSVI(SVI):
         return moves
 
 
+def _check_weight(weight: float) -> float:
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"expected a kl_weight >= 0, got {weight!r}")
+    return weight
+
+
+def _is_finite(loss: Any) -> bool:
+    parts = loss if isinstance(loss, tuple) else (loss,)
+    return all(math.isfinite(torch_item(part)) for part in parts)
+
+
+def _have_finite_gradients(params: set[Tensor]) -> bool:
+    # A sum is finite only if its terms are; one wait for the device.
+    sums = [param.grad.sum().double() for param in params if param.grad is not None]
+    return not sums or math.isfinite(torch.stack(sums).sum().item())
+
+
 class _LatentScale(Messenger):
     """Multiplies the log densities of latent sites, in model and guide alike."""
 
@@ -259,7 +342,8 @@ class _LatentScale(Messenger):
         self.factor = factor
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] and not site_is_subsample(msg):
+        enumerated = msg["infer"].get("enumerate")
+        if not (msg["is_observed"] or enumerated or site_is_subsample(msg)):
             msg["scale"] = msg["scale"] * self.factor
 
 

@@ -330,7 +330,7 @@ def test_plain_svi_with_the_wrapped_model():
             svi = SSVI(bnn, guide, optim, Trace_ELBO())
         with forbid_materialise():
             losses.append([svi.step(x, y) for _ in range(5)])
-    assert losses[0] == losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_torch_style_training_of_a_pyro_module():
@@ -527,8 +527,7 @@ def test_local_reparameterisation_varies_less_and_agrees_on_average():
         guide.loc_unconstrained.data.copy_(torch.linspace(-1, 1, len(guide.loc)))
         draws = []
         for _ in range(200):
-            with svi._handlers():
-                svi.loss_and_grads(svi.model, guide, x, y)
+            svi.loss_and_grads(svi.model, guide, x, y)
             draws.append(torch.cat([p.grad for p in guide.parameters_in_place()]))
             guide.zero_grad()
         gradients[local] = torch.stack(draws)

@@ -28,11 +28,11 @@ from ..sparse_tensor import SparseTensor
 from .prototype import Density, SparseInitMessenger, check_density
 from .summary import Summary
 
-__all__ = ["AutoSparseNormal"]
+__all__ = ["AutoSparseNormal", "Site"]
 
 
 @dataclass
-class _Site:
+class Site:
     """Where a latent site lies in the flat parameters, and how its value is made from them."""
 
     name: str
@@ -136,18 +136,18 @@ class AutoSparseNormal(AutoGuide):
             raise ValueError(f"latent sites must be on one device, got (device: site) {devices}")
         self._refuse_stale_store()
         loc = torch.cat(locs)
-        self._sites = sites
+        self.sites = sites
         self.loc = PyroParam(loc, constraints.real)
         self.scale = PyroParam(torch.full_like(loc, self._init_scale), self.scale_constraint)
         flat = torch.cat(indices) if indices else loc.new_empty(0, dtype=torch.int64)
         self.register_buffer("indices", flat)
         self._made_from: tuple[Tensor | None, int] = (None, 0)
 
-    def _setup_site(self, name: str, node: Any) -> tuple[_Site, Tensor]:
+    def _setup_site(self, name: str, node: Any) -> tuple[Site, Tensor]:
         fn, value = node["fn"], node["value"]
         frames = [frame for frame in node["cond_indep_stack"] if frame.vectorized]
         if isinstance(value, SparseTensor):
-            site = _Site(
+            site = Site(
                 name, value.shape, value.dtype, fn.event_dim, len(value.active), frames, None
             )
             return site, value.values.detach()
@@ -162,17 +162,23 @@ class AutoSparseNormal(AutoGuide):
             full_size = frame.full_size or frame.size
             if full_size != frame.size:
                 loc = periodic_repeat(loc, full_size, frame.dim - event_dim)
-        site = _Site(name, loc.shape, loc.dtype, event_dim, loc.numel(), frames, transform)
+        site = Site(name, loc.shape, loc.dtype, event_dim, loc.numel(), frames, transform)
         return site, loc.reshape(-1)
 
     def _refuse_stale_store(self) -> None:
         name = f"{self._pyro_name}.loc" if self._pyro_name else "loc"
         if name in pyro.get_param_store():
             raise ValueError(
-                f"the parameter store already holds {name!r}, of another guide whose active sets "
-                "it does not know. Call pyro.clear_param_store() before you make a new guide; to "
-                "take up training again use guide.load_state_dict(...)"
+                f"the parameter store holds {name!r} of another guide, or of another time, and "
+                "cannot say which coordinates its values belong to. Call "
+                "pyro.clear_param_store() before you make or copy a guide, or keep parameters in "
+                "their modules with pyro.settings.set(module_local_params=True); to take up "
+                "training again use guide.load_state_dict(...)"
             )
+
+    def __getstate__(self) -> dict:
+        # A copy's buffer counts its versions anew: nothing made from the old one is its own.
+        return {**self.__dict__, "_made_from": (None, 0)}
 
     def _require_setup(self) -> None:
         if self.prototype_trace is None:
@@ -191,20 +197,20 @@ class AutoSparseNormal(AutoGuide):
         # The buffer changes by an exchange, a load_state_dict() or a move to a device.
         buffer, version = self._made_from
         if buffer is not self.indices or version != self.indices._version:
-            sizes = [site.k for site in self._sites if site.is_sparse]
+            sizes = [site.k for site in self.sites if site.is_sparse]
             parts = iter(self.indices.clone().split(sizes))
             self._active_sets = {
                 site.name: ActiveSet(next(parts), site.shape)
                 if site.is_sparse
                 else ActiveSet.full(site.shape, self.indices.device)
-                for site in self._sites
+                for site in self.sites
             }
             self._made_from = (self.indices, self.indices._version)
         return self._active_sets
 
-    def _split(self, *flat: Tensor) -> list[tuple[Tensor, ...]]:
-        """Vectors of all active coordinates as a tuple for each site."""
-        sizes = [site.k for site in self._sites]
+    def split(self, *flat: Tensor) -> list[tuple[Tensor, ...]]:
+        """Vectors ``[K]`` of all active coordinates, as a tuple for each site."""
+        sizes = [site.k for site in self.sites]
         # One split has one backward; a slice for each site would have one of full size each.
         return list(zip(*(vector.split(sizes) for vector in flat), strict=True))
 
@@ -216,16 +222,29 @@ class AutoSparseNormal(AutoGuide):
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
-        flat = self.loc, self.scale
+        flat = self.flat_parameters()
         if is_validation_enabled():
             self._check_parameters(*flat)
         result = {}
-        for site, (loc, scale) in zip(self._sites, self._split(*flat), strict=True):
+        for site, (loc, scale) in zip(self.sites, self.split(*flat), strict=True):
             with ExitStack() as stack:
                 for frame in site.frames:
                     stack.enter_context(plates[frame.name])
-                result[site.name] = pyro.sample(site.name, self._posterior(site, loc, scale))
+                result[site.name] = pyro.sample(site.name, self.site_posterior(site, loc, scale))
         return result
+
+    def flat_parameters(self) -> tuple[Tensor, Tensor]:
+        """``loc`` and ``scale`` of all sites, ``[K]`` each, as Pyro parameters.
+
+        :raises ValueError: if the parameter store holds those of another guide.
+        """
+        own = self.parameters_in_place()
+        flat = self.loc, self.scale
+        if any(a is not b for a, b in zip(self.parameters_in_place(), own, strict=True)):
+            # PyroModule took what the store holds. Take it back, or the next call would do so.
+            self.loc_unconstrained, self.scale_unconstrained = own
+            self._refuse_stale_store()
+        return flat
 
     def _check_parameters(self, loc: Tensor, scale: Tensor) -> None:
         # Once for all sites, where distributions would each ask the device.
@@ -233,12 +252,13 @@ class AutoSparseNormal(AutoGuide):
         if not bool(ok.all()):
             bad = [
                 site.name
-                for site, (valid,) in zip(self._sites, self._split(ok), strict=True)
+                for site, (valid,) in zip(self.sites, self.split(ok), strict=True)
                 if not valid.all()
             ]
             raise ValueError(f"loc is NaN or scale is not positive at sites {bad}")
 
-    def _posterior(self, site: _Site, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
+    def site_posterior(self, site: Site, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
+        """The posterior of one site, given its part of the flat parameters."""
         loc, scale = loc.to(site.dtype), scale.to(site.dtype)
         if site.is_sparse:
             active = self.active_sets[site.name]
@@ -269,7 +289,7 @@ class AutoSparseNormal(AutoGuide):
             first = torch.empty_like(raw)
             indices = []
             start = 0
-            for site, (scale,) in zip(self._sites, self._split(constraint(raw)), strict=True):
+            for site, (scale,) in zip(self.sites, self.split(constraint(raw)), strict=True):
                 move = moves.get(site.name)
                 if move is not None:
                     part = slice(start, start + site.k)
@@ -300,10 +320,10 @@ class AutoSparseNormal(AutoGuide):
         :raises RuntimeError: if the guide has not seen data.
         """
         self._require_setup()
-        parts = self._split(self.loc.clone(), self.scale.clone())
+        parts = self.split(self.loc.clone(), self.scale.clone())
         return {
-            site.name: self._posterior(site, loc, scale)
-            for site, (loc, scale) in zip(self._sites, parts, strict=True)
+            site.name: self.site_posterior(site, loc, scale)
+            for site, (loc, scale) in zip(self.sites, parts, strict=True)
         }
 
     @torch.no_grad()
@@ -328,7 +348,7 @@ class AutoSparseNormal(AutoGuide):
         """
         self._require_setup()
         results = {}
-        for site, (loc, scale) in zip(self._sites, self._split(self.loc, self.scale), strict=True):
+        for site, (loc, scale) in zip(self.sites, self.split(self.loc, self.scale), strict=True):
             loc, scale = loc.to(site.dtype), scale.to(site.dtype)
             q = torch.as_tensor(quantiles, dtype=loc.dtype, device=loc.device).reshape(-1, 1)
             values = dist.Normal(loc, scale).icdf(q)

@@ -27,13 +27,13 @@ __all__ = ["Density", "SparseInitMessenger", "check_density"]
 Density = float | Mapping[str, float] | Callable[[str, torch.Size], float]
 
 # These treat every element alike: K of them need not be picked out of D.
-_ELEMENTWISE = {
+_ELEMENTWISE = (
     init_to_feasible,
     init_to_mean,
     init_to_median,
     init_to_sample,
     init_to_uniform,
-}
+)
 
 
 def check_density(density: Any, site: str | None = None) -> float:
@@ -107,7 +107,8 @@ class SparseInitMessenger(InitMessenger):
         base, _ = elementwise_base(fn)
         like = _prior_number(base)
         active = ActiveSet.random(fn.shape(), k, device=like.device)
-        elementwise = getattr(self.init_fn, "func", self.init_fn) in _ELEMENTWISE
+        init_fn = getattr(self.init_fn, "func", self.init_fn)
+        elementwise = any(init_fn is known for known in _ELEMENTWISE)
         restricted = restrict(base, active) if elementwise else None
         with torch.no_grad():
             if msg["value"] is not None:  # as poutine.reparam gives its auxiliary sites

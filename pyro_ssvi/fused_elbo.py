@@ -1,0 +1,208 @@
+"""The ELBO of a sparse guide with one draw and one density for all sites.
+
+A guide of many small sites spends most of a step in bookkeeping: messengers, a trace, a
+distribution and its checks for each site. Where nothing needs them, this computes the very
+estimates of Trace_ELBO and TraceMeanField_ELBO from the guide's flat parameters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro import distributions as dist
+from pyro.distributions.util import scale_and_mask
+from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from .distributions import SubspacePrior, elementwise_base, is_elementwise_real, single_number
+from .guides import AutoSparseNormal
+from .guides.auto_sparse_normal import Site
+from .sparse_tensor import SparseTensor
+
+__all__ = ["FusedELBO", "NotFusedError"]
+
+
+class NotFusedError(Exception):
+    """The model has something that only Pyro's own ELBO knows how to treat."""
+
+
+class FusedELBO:
+    """Trace_ELBO or TraceMeanField_ELBO for one particle and an :class:`AutoSparseNormal`.
+
+    Nothing is validated: take the first step with Pyro's.
+
+    :param loss: the ELBO to stand in for.
+    :param guide: a guide that has seen data.
+    """
+
+    def __init__(self, loss: ELBO, guide: AutoSparseNormal) -> None:
+        self.guide = guide
+        self.closed_form = isinstance(loss, TraceMeanField_ELBO)
+        self._sizes: dict[tuple[int, ...], Tensor] = {}
+
+    @classmethod
+    def of(cls, loss: Any, guide: Any) -> FusedELBO | None:
+        """What stands in for a loss with a guide, or None if nothing can."""
+        served = (
+            type(guide) is AutoSparseNormal
+            and type(loss) in (Trace_ELBO, TraceMeanField_ELBO)
+            and loss.num_particles == 1
+            and not loss.retain_graph
+            and guide.create_plates is None
+            and not (guide._forward_hooks or guide._forward_pre_hooks)
+            and len({site.dtype for site in guide.sites}) == 1
+            and not any(f.full_size not in (None, f.size) for s in guide.sites for f in s.frames)
+        )
+        return cls(loss, guide) if served else None
+
+    def __call__(
+        self,
+        model: Any,
+        args: tuple,
+        kwargs: dict,
+        kl_weight: float = 1.0,
+        local_reparam: bool = False,
+    ) -> Tensor:
+        """The loss, differentiable.
+
+        :param model: the user's model.
+        :param kl_weight: factor of the latent sites' densities.
+        :param local_reparam: whether products draw their own result.
+        :raises NotFusedError: if the model has something that only Pyro's own ELBO can treat.
+        """
+        guide = self.guide
+        with guide._pyro_context:  # so that reading them is a pyro.param statement
+            loc, scale = guide.flat_parameters()
+        noise = torch.empty_like(loc)
+        for (z,) in guide.split(noise):
+            z.normal_()  # site by site, for the numbers that the guide would draw
+        draw = torch.addcmul(loc, scale, noise)
+        parts = guide.split(loc, scale, noise, draw)
+        values, posteriors = {}, {}
+        for site, (m, s, _, z) in zip(guide.sites, parts, strict=True):
+            if site.is_sparse:
+                value: Any = SparseTensor(z, guide.active_sets[site.name])
+                if local_reparam:
+                    value.posterior = guide.site_posterior(site, m, s)
+            elif site.transform is None:
+                value = z.reshape(site.shape)
+            else:
+                posteriors[site.name] = guide.site_posterior(site, m, s)
+                value = posteriors[site.name].transforms[0](z.reshape(site.shape))
+            values[site.name] = value
+
+        with _Run(values) as run:
+            model(*args, **kwargs)
+        if len(run.latent) != len(values):
+            raise NotFusedError
+        likelihood = sum(_log_prob(msg["fn"], msg) for msg in run.observed)
+
+        divergence: Any = 0.0
+        plain, means, stds = [], [], []  # sites whose prior is a normal with two numbers
+        for site, part in zip(guide.sites, parts, strict=True):
+            msg = run.latent[site.name]
+            numbers = self._numbers(site, msg)
+            if numbers is not None:
+                plain.append(part)
+                means.append(numbers[0])
+                stds.append(numbers[1])
+                continue
+            q = posteriors.get(site.name)
+            q = guide.site_posterior(site, *part[:2]) if q is None else q
+            divergence = divergence + self._divergence(q, msg)
+        if plain:
+            if len(plain) < len(parts):
+                loc, scale, noise, draw = (torch.cat(p) for p in zip(*plain, strict=True))
+            sizes = self._as_tensor(tuple(len(part[0]) for part in plain), loc.device)
+            mean, std = torch.cat(means), torch.cat(stds)
+            divergence = divergence + self._plain_divergence(
+                loc, scale, noise, draw, mean, std, sizes
+            )
+        return kl_weight * divergence - likelihood
+
+    def _as_tensor(self, sizes: tuple[int, ...], device: torch.device) -> Tensor:
+        if sizes not in self._sizes:  # copied to a device once
+            self._sizes[sizes] = torch.tensor(sizes, device=device)
+        return self._sizes[sizes]
+
+    @staticmethod
+    def _numbers(site: Site, msg: Any) -> tuple[Tensor, Tensor] | None:
+        """The one mean and the one standard deviation of a site with such a normal prior."""
+        scaled = isinstance(msg["scale"], Tensor) or msg["scale"] != 1.0
+        if site.transform is not None or msg["mask"] is not None or scaled:
+            return None
+        base: Any
+        base, mask = elementwise_base(msg["fn"])
+        if mask is not None or type(base) is not dist.Normal:
+            return None
+        mean, std = single_number(base.loc), single_number(base.scale)
+        return None if mean is None or std is None else (mean, std)
+
+    def _plain_divergence(
+        self,
+        loc: Tensor,
+        scale: Tensor,
+        noise: Tensor,
+        draw: Tensor,
+        mean: Tensor,
+        std: Tensor,
+        sizes: Tensor,
+    ) -> Tensor:
+        """The KL divergence from normal priors, or its estimate from the draw.
+
+        :param loc: ``[K]``, as are ``scale``, ``noise`` and ``draw``: of several sites.
+        :param mean: ``[n]``, as are ``std`` and ``sizes``: of each site.
+        """
+        k = len(loc)
+        mean_of, std_of = (x.repeat_interleave(sizes, output_size=k) for x in (mean, std))
+        log_ratio = torch.dot(sizes.to(std), std.log()) - scale.log().sum()
+        if self.closed_form:
+            z, r = (loc - mean_of) / std_of, scale / std_of
+            return log_ratio + 0.5 * (torch.dot(z, z) + torch.dot(r, r) - k)
+        z = (draw - mean_of) / std_of
+        return log_ratio + 0.5 * (torch.dot(z, z) - torch.dot(noise, noise))
+
+    def _divergence(self, q: Any, msg: Any) -> Tensor:
+        """The same for any site, as Pyro has it."""
+        prior = SubspacePrior(msg["fn"]) if is_elementwise_real(msg["fn"]) else msg["fn"]
+        if self.closed_form:
+            try:
+                return kl_divergence(q, prior).sum()
+            except NotImplementedError:
+                pass
+        return q.log_prob(msg["value"]).sum() - _log_prob(prior, msg)
+
+
+def _log_prob(fn: Any, msg: Any) -> Tensor:
+    try:
+        log_prob = fn.log_prob(msg["value"], *msg["args"], **msg["kwargs"])
+    except ValueError:
+        raise NotFusedError from None  # Pyro says it better
+    return scale_and_mask(log_prob, msg["scale"], msg["mask"]).sum()
+
+
+class _Run(Messenger):
+    """Gives latent sites their values, and keeps what has a density."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+        self.latent: dict[str, Any] = {}
+        self.observed: list[Any] = []
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if msg["is_observed"] or site_is_subsample(msg):
+            return
+        if name not in self.values or name in self.latent:
+            raise NotFusedError
+        msg["value"], msg["done"] = self.values[name], True
+        self.latent[name] = msg
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["is_observed"] and not msg["infer"].get("_deterministic"):
+            self.observed.append(msg)

@@ -1,0 +1,225 @@
+"""The fused ELBO against Pyro's own: the same numbers drawn, the same losses and steps."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import torch.nn.functional as F
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.nn import PyroModule, PyroSample
+
+from pyro_ssvi import SSVI, AutoSparseNormal, ConstantSchedule, forbid_materialise
+from pyro_ssvi.fused_elbo import FusedELBO, NotFusedError
+
+x, y = torch.randn(20, 12), torch.randn(20)
+
+
+def layers(x, y, w0, b0, w1):
+    mean = F.linear(F.linear(x, w0, b0).tanh(), w1).squeeze(-1)
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Normal(mean, 0.5), obs=y)
+
+
+def weights(fn0, fn1=None):
+    w0 = pyro.sample("w0", fn0.expand([10, 12]).to_event(2))
+    b0 = pyro.sample("b0", dist.Normal(0.0, 1.0).expand([10]).to_event(1))
+    w1 = pyro.sample("w1", (fn1 or dist.Normal(0.1, 2.0)).expand([1, 10]).to_event(2))
+    return w0, b0, w1
+
+
+def plain(x, y):
+    layers(x, y, *weights(dist.Normal(0.0, 1.0)))
+
+
+def hierarchical(x, y):
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    rows = pyro.sample("rows", dist.LogNormal(0.0, 1.0).expand([10, 1]).to_event(2))
+    w0 = pyro.sample("w0", dist.Normal(mean, rows.expand(10, 12)).to_event(2))
+    b0 = pyro.sample("b0", dist.Normal(mean, scale).expand([10]).to_event(1))
+    w1 = pyro.sample("w1", dist.Normal(0.0, scale).expand([1, 10]).to_event(2))
+    layers(x, y, w0, b0, w1)
+
+
+def other_families(x, y):
+    layers(x, y, *weights(dist.Laplace(0.0, 1.0), dist.StudentT(3.0, 0.0, 1.0)))
+
+
+def learnt_prior(x, y):
+    scale = pyro.param("prior_scale", torch.tensor(0.7), constraint=dist.constraints.positive)
+    layers(x, y, *weights(dist.Normal(0.0, scale)))
+
+
+def with_handlers(x, y):
+    with poutine.scale(scale=0.3):
+        w0, b0, _ = weights(dist.Normal(0.0, 1.0))
+    with poutine.mask(mask=torch.tensor(False)):
+        pyro.sample("masked", dist.Normal(0.0, 1.0).expand([3, 4]).to_event(2))
+    w1 = pyro.sample("w2", dist.Normal(0.0, 1.0).expand([1, 10]).mask(True).to_event(2))
+    pyro.deterministic("sum", w1.to_dense().sum())
+    pyro.factor("penalty", -b0.square().sum())
+    layers(x, y, w0, b0, w1)
+
+
+def plates(x, y):
+    with pyro.plate("in", 12, dim=-1), pyro.plate("out", 10, dim=-2):
+        w0 = pyro.sample("w0", dist.Normal(0.0, 1.0))
+    w1 = pyro.sample("w1", dist.Normal(0.0, 1.0).expand([1, 10]).to_event(2))
+    with pyro.plate("rows", len(x)):
+        offset = pyro.sample("offset", dist.Normal(0.0, 1.0))
+        mean = F.linear(F.linear(x, w0).tanh(), w1).squeeze(-1) + offset
+        pyro.sample("obs", dist.Normal(mean, 0.5), obs=y)
+
+
+def subsampled(x, y):
+    w0, b0, w1 = weights(dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x), subsample_size=5) as i:
+        mean = F.linear(F.linear(x[i], w0, b0).tanh(), w1).squeeze(-1)
+        pyro.sample("obs", dist.Normal(mean, 0.5), obs=y[i])
+
+
+def simplex(x, y):
+    share = pyro.sample("share", dist.Dirichlet(torch.ones(10)))
+    w0, b0, w1 = weights(dist.Normal(0.0, 1.0))
+    layers(x, y, w0, b0, w1.to_dense() * share)
+
+
+class Net(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.first = PyroModule[torch.nn.Linear](12, 10)
+        self.first.weight = PyroSample(dist.Normal(0.0, 1.0).expand([10, 12]).to_event(2))
+        self.norm = torch.nn.BatchNorm1d(10)
+        self.last = PyroModule[torch.nn.Linear](10, 1)
+
+    def forward(self, x, y=None):
+        mean = self.last(self.norm(self.first(x))).squeeze(-1)
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", dist.Normal(mean, 0.5), obs=y)
+
+
+MODELS = {
+    "plain": lambda: plain,
+    "hierarchical": lambda: hierarchical,
+    "other families": lambda: other_families,
+    "learnt prior": lambda: learnt_prior,
+    "handlers": lambda: with_handlers,
+    "plates": lambda: plates,
+    "subsampled": lambda: subsampled,
+    "simplex": lambda: simplex,
+    "module": Net,
+}
+
+
+class PyroTrace(Trace_ELBO):
+    """A class of its own, for which nothing stands in."""
+
+
+class PyroMeanField(TraceMeanField_ELBO):
+    """The same."""
+
+
+def train(model, loss, steps=6, **kwargs):
+    pyro.clear_param_store()
+    pyro.set_rng_seed(1)
+    model = MODELS[model]()
+    guide = AutoSparseNormal(model, density=0.3)
+    schedule = ConstantSchedule(every=3)
+    svi = SSVI(model, guide, pyro.optim.Adam({"lr": 0.01}), loss, schedule=schedule, **kwargs)
+    losses = torch.tensor([svi.step(x, y) for _ in range(steps)], dtype=torch.float64)
+    others = [p.detach().clone() for _, p in pyro.get_param_store().named_parameters()]
+    return svi, losses, [*guide.parameters_in_place(), *others, *guide.active_sets["w0"].indices]
+
+
+@pytest.mark.filterwarnings("ignore::pyro_ssvi.PerformanceWarning")
+@pytest.mark.parametrize("kl_weight", [1.0, 0.2])
+@pytest.mark.parametrize(
+    ("loss", "pyro_s"), [(Trace_ELBO, PyroTrace), (TraceMeanField_ELBO, PyroMeanField)]
+)
+@pytest.mark.parametrize("model", sorted(set(MODELS) - {"module"}))
+def test_training_is_that_of_pyro_s_elbo(model, loss, pyro_s, kl_weight):
+    fused, losses, state = train(model, loss(), kl_weight=kl_weight)
+    own, own_losses, own_state = train(model, pyro_s(), kl_weight=kl_weight)
+    assert fused._fused is not None
+    assert own._fused is None
+    torch.testing.assert_close(losses, own_losses, rtol=1e-5, atol=1e-4)
+    for a, b in zip(state, own_state, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model", ["plain", "hierarchical"])
+def test_local_reparameterisation(model):
+    results = []
+    for loss in (TraceMeanField_ELBO(), PyroMeanField()):
+        svi, losses, _ = train(model, loss, local_reparam=True)
+        results.append(losses)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)
+    assert (svi._fused is None) == isinstance(loss, PyroMeanField)
+
+
+def test_a_module_with_parameters_and_running_statistics():
+    models = []
+    for loss in (Trace_ELBO(), PyroTrace()):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(1)
+        model = Net()
+        guide = AutoSparseNormal(model, density=0.3)
+        svi = SSVI(model, guide, pyro.optim.SGD({"lr": 1e-3}), loss)
+        for _ in range(5):
+            svi.step(x, y)
+        models.append(model.state_dict())
+    assert models[0]["norm.num_batches_tracked"] == 6  # the first is the guide's set-up
+    for name, value in models[0].items():
+        torch.testing.assert_close(value, models[1][name], rtol=1e-4, atol=1e-5)
+    assert not torch.equal(models[0]["last.weight"], Net().last.weight)
+
+
+def test_it_is_sparse_and_asks_nothing_of_the_sites():
+    with forbid_materialise():
+        svi, _, _ = train("plain", Trace_ELBO())
+    guide = svi.guide
+    guide.forward = None  # not called any more
+    svi.step(x, y)
+
+
+def test_handlers_around_a_step_are_heard():
+    losses = []
+    for scale in (1.0, 2.0):
+        svi, _, _ = train("plain", Trace_ELBO())
+        with poutine.scale(scale=scale):
+            losses.append(svi.step(x, y))
+    assert losses[1] == pytest.approx(2 * losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "loss", [Trace_ELBO(num_particles=2), PyroTrace(), Trace_ELBO(retain_graph=True)]
+)
+def test_losses_that_it_does_not_serve(loss):
+    svi, _, _ = train("plain", loss, steps=2)
+    assert svi._fused is None
+
+
+def test_a_site_that_appears_later_is_pyro_s_business():
+    sites = []
+
+    def model(x, y):
+        plain(x, y)
+        for name in sites:
+            pyro.sample(name, dist.Normal(0.0, 1.0))
+
+    guide = AutoSparseNormal(model, density=0.3)
+    svi = SSVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    svi.step(x, y)
+    assert isinstance(svi._fused, FusedELBO)
+    sites.append("late")
+    with pytest.raises(NotFusedError):
+        svi._fused(model, (x, y), {})
+    with pytest.warns(UserWarning, match="Found vars in model but not guide: {'late'}"):
+        svi.step(x, y)
+
+
+def test_bad_data_gets_pyro_s_message():
+    svi, _, _ = train("plain", Trace_ELBO())
+    with pytest.raises(ValueError, match="at site 'obs'"):
+        svi.step(x, torch.zeros(7))
