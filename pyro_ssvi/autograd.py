@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +18,23 @@ from .patches import Patches
 __all__ = ["conv", "matmul", "rows", "scatter"]
 
 
+def _as_it_is(forward: Callable) -> Callable:
+    """A forward pass in the dtype of its inputs: autocast is for those who multiply densely."""
+
+    @functools.wraps(forward)
+    def wrapped(ctx: Any, values: Tensor, *args: Any) -> Tensor:
+        device = values.device.type
+        if not torch.is_autocast_enabled(device):
+            return forward(ctx, values, *args)
+        with torch.autocast(device, enabled=False):
+            return forward(ctx, values, *args)
+
+    return wrapped
+
+
 class _Matmul(torch.autograd.Function):
     @staticmethod
+    @_as_it_is
     def forward(
         ctx: Any, values: Tensor, x: Tensor, active: ActiveSet, transposed: bool, record: bool
     ) -> Tensor:
@@ -45,6 +62,7 @@ class _Matmul(torch.autograd.Function):
 
 class _Conv(torch.autograd.Function):
     @staticmethod
+    @_as_it_is
     def forward(
         ctx: Any,
         values: Tensor,

@@ -52,7 +52,6 @@ class FusedELBO:
             and type(loss) in (Trace_ELBO, TraceMeanField_ELBO)
             and loss.num_particles == 1
             and not loss.retain_graph
-            and guide.create_plates is None
             and not (guide._forward_hooks or guide._forward_pre_hooks)
             and len({site.dtype for site in guide.sites}) == 1
             and not any(f.full_size not in (None, f.size) for s in guide.sites for f in s.frames)
@@ -75,6 +74,9 @@ class FusedELBO:
         :raises NotFusedError: if the model has something that only Pyro's own ELBO can treat.
         """
         guide = self.guide
+        with _Run({}) as plates:
+            if guide.create_plates is not None:
+                guide.create_plates(*args, **kwargs)
         with guide._pyro_context:  # so that reading them is a pyro.param statement
             loc, scale = guide.flat_parameters()
         noise = torch.empty_like(loc)
@@ -95,7 +97,7 @@ class FusedELBO:
                 value = posteriors[site.name].transforms[0](z.reshape(site.shape))
             values[site.name] = value
 
-        with _Run(values) as run:
+        with _Run(values, plates.subsamples) as run:
             model(*args, **kwargs)
         if len(run.latent) != len(values):
             raise NotFusedError
@@ -188,15 +190,20 @@ def _log_prob(fn: Any, msg: Any) -> Tensor:
 class _Run(Messenger):
     """Gives latent sites their values, and keeps what has a density."""
 
-    def __init__(self, values: dict[str, Tensor]) -> None:
+    def __init__(self, values: dict[str, Any], subsamples: dict[str, Tensor] | None = None) -> None:
         super().__init__()
         self.values = values
+        self.subsamples = {} if subsamples is None else subsamples
         self.latent: dict[str, Any] = {}
         self.observed: list[Any] = []
 
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
-        if msg["is_observed"] or site_is_subsample(msg):
+        if site_is_subsample(msg):
+            if name in self.subsamples:
+                msg["value"], msg["done"] = self.subsamples[name], True
+            return
+        if msg["is_observed"]:
             return
         if name not in self.values or name in self.latent:
             raise NotFusedError
@@ -204,5 +211,7 @@ class _Run(Messenger):
         self.latent[name] = msg
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["is_observed"] and not msg["infer"].get("_deterministic"):
+        if site_is_subsample(msg):
+            self.subsamples[msg["name"]] = msg["value"]
+        elif msg["is_observed"] and not msg["infer"].get("_deterministic"):
             self.observed.append(msg)

@@ -47,6 +47,19 @@ def test_random_is_uniform_over_the_inactive():
     assert deviation.abs().max() < 4.5
 
 
+@pytest.mark.parametrize("score", [lambda g: g.sum(), lambda g: g > 0, lambda g: g.flatten()])
+def test_scores_of_another_shape_or_dtype(setting, score):
+    active, record, _ = setting
+    with pytest.raises(ValueError, match="expected floats of shape"):
+        Gradient(score=score).choose(active, 3, record)
+
+
+@pytest.mark.parametrize("spec", [["gradient"], Gradient, None])
+def test_what_is_no_criterion(spec):
+    with pytest.raises(ValueError, match="unknown addition criterion"):
+        addition_criterion(spec)
+
+
 def test_names_and_bad_input():
     assert addition_criterion("gradient") == Gradient()
     assert addition_criterion("random") == Random()

@@ -481,6 +481,58 @@ def test_stale_parameter_store_is_refused():
     guide(x, y)
 
 
+def test_a_copy_does_not_take_the_original_s_values():
+    guide = AutoSparseNormal(bnn, density=0.3)
+    svi = SSVI(bnn, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    svi.step(x, y)
+    other = copy.deepcopy(guide)
+    svi.exchange(x, y, share=0.5)
+    loc = other.loc_unconstrained.detach().clone()
+    for _ in range(2):  # the store is asked at every call
+        with pytest.raises(ValueError, match=r"clear_param_store\(\) before you make or copy"):
+            other(x, y)
+    assert torch.equal(other.loc_unconstrained, loc)
+    guide(x, y)
+    pyro.clear_param_store()
+    other(x, y)
+
+
+def test_a_store_of_another_time_is_refused():
+    guide = AutoSparseNormal(bnn, density=0.3)
+    svi = SSVI(bnn, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    svi.step(x, y)
+    snapshot = copy.deepcopy(pyro.get_param_store().get_state())
+    svi.exchange(x, y, share=0.5)
+    pyro.get_param_store().set_state(snapshot)
+    with pytest.raises(ValueError, match="cannot say which coordinates"):
+        svi.step(x, y)
+
+
+def test_copies_may_go_their_own_ways_with_parameters_in_their_modules():
+    with pyro.settings.context(module_local_params=True):
+        guide = AutoSparseNormal(bnn, density=0.3)
+        svi = SSVI(bnn, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+        svi.step(x, y)
+        other = copy.deepcopy(guide)
+        before = other.median()["w0"]
+        for _ in range(3):
+            svi.step(x, y)
+        svi.exchange(x, y, share=0.5)
+        assert torch.equal(other.median()["w0"], before)
+        other(x, y)
+        assert not torch.equal(guide.median()["w0"], before)
+
+
+def test_active_sets_of_a_copy_follow_its_own_buffer():
+    guide = AutoSparseNormal(bnn, density={"w0": 0.25})
+    guide(x, y)
+    guide.load_state_dict(guide.state_dict())  # this buffer has changed once
+    assert len(guide.active_sets["w0"]) == 12
+    other = copy.deepcopy(guide)
+    other.load_state_dict({**guide.state_dict(), "indices": torch.arange(12)})
+    assert torch.equal(other.active_sets["w0"].indices, torch.arange(12))
+
+
 def test_model_without_latents():
     with pytest.raises(RuntimeError, match="no latent variables"):
         AutoSparseNormal(lambda: None)()

@@ -12,7 +12,7 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch.distributions import kl_divergence
 
 from pyro_ssvi import ActiveSet, SparseNormal, SparseTensor, SubspacePrior, forbid_materialise
-from pyro_ssvi.distributions import SubspaceMessenger
+from pyro_ssvi.distributions import SubspaceMessenger, restrict
 
 
 def sparse_normal(shape=(2, 3, 4), k=9, event_dim=None, extra=()):
@@ -147,6 +147,83 @@ def test_prior_with_any_pattern_of_repeats(shape, data):
     (grad,) = torch.autograd.grad(found, scale)
     (expected_grad,) = torch.autograd.grad(expected, scale)
     torch.testing.assert_close(grad, expected_grad)
+
+
+class _Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return -g
+
+
+SCALES = {
+    "expanded": lambda s: s.expand(SHAPE),
+    "twice a view": lambda s: s.reshape(1, 1, 1).expand(1, 3, 1).expand(SHAPE),
+    "selected": lambda s: torch.stack([s, 2 * s])[1].expand(SHAPE),
+    "a view of another function": lambda s: _Reverse.apply(s).expand(SHAPE),
+    "a part of a complex number": lambda s: torch.complex(s, s).real.expand(SHAPE),
+    "of a sparse site": lambda s: (
+        SparseTensor(s.reshape(1), ActiveSet(torch.tensor([1]), (2, 1))).to_dense()[1].expand(SHAPE)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_gradient_of_a_prior_s_scale_through_views(name):
+    scale = torch.tensor(0.7, requires_grad=True)
+    active = ActiveSet.random(SHAPE, 9)
+    value = SparseTensor(torch.randn(9), active)
+    prior = dist.Normal(0.0, SCALES[name](scale), validate_args=False)
+    found = SubspacePrior(prior.to_event(3)).log_prob(value)
+    expected = masked_sum(prior.log_prob(value.to_dense()), active, 3)
+    grads = [torch.autograd.grad(x, scale, retain_graph=True)[0] for x in (found, expected)]
+    torch.testing.assert_close(*grads)
+
+
+def test_gradient_of_an_expanded_leaf():
+    leaf = torch.tensor(0.7).expand(SHAPE).requires_grad_()
+    active = ActiveSet.random(SHAPE, 9)
+    prior = SubspacePrior(dist.Normal(0.0, leaf).to_event(3))
+    (grad,) = torch.autograd.grad(prior.log_prob(SparseTensor(torch.randn(9), active)), leaf)
+    assert grad.shape == SHAPE
+    assert grad.isfinite().all()
+
+
+class _Shifted(dist.Normal):
+    """A family with something besides its parameters."""
+
+    def __init__(self, loc, scale, shift=0.0, validate_args=None):
+        self.shift = shift
+        super().__init__(loc, scale, validate_args=validate_args)
+
+    def log_prob(self, value):
+        return super().log_prob(value - self.shift)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_ssvi.PerformanceWarning")
+@pytest.mark.parametrize(
+    "prior",
+    [
+        _Shifted(torch.zeros(SHAPE), torch.ones(SHAPE), shift=5.0),
+        dist.Stable(
+            *(torch.full(SHAPE, x) for x in (1.8, 0.3, 1.0, 0.0)), coords="S", validate_args=False
+        ),
+    ],
+    ids=["subclass", "Stable"],
+)
+def test_a_family_is_rebuilt_only_from_what_it_is_made_of(prior):
+    assert restrict(prior, ActiveSet.random(SHAPE, 9)) is None
+
+
+def test_a_transposed_value_is_not_taken_for_the_site_s_own():
+    active = ActiveSet(torch.tensor([0, 1, 4, 8]), (3, 3))
+    q = SparseNormal(torch.randn(4), torch.rand(4) + 0.1, active)
+    value = q.sample()
+    assert q.log_prob(value).isfinite()
+    assert q.log_prob(value.T) == -math.inf  # entry (0, 1) is active, (1, 0) is not
 
 
 def test_prior_gradient_never_has_the_full_size():

@@ -120,11 +120,11 @@ class PyroMeanField(TraceMeanField_ELBO):
     """The same."""
 
 
-def train(model, loss, steps=6, **kwargs):
+def train(model, loss, steps=6, create_plates=None, **kwargs):
     pyro.clear_param_store()
     pyro.set_rng_seed(1)
     model = MODELS[model]()
-    guide = AutoSparseNormal(model, density=0.3)
+    guide = AutoSparseNormal(model, density=0.3, create_plates=create_plates)
     schedule = ConstantSchedule(every=3)
     svi = SSVI(model, guide, pyro.optim.Adam({"lr": 0.01}), loss, schedule=schedule, **kwargs)
     losses = torch.tensor([svi.step(x, y) for _ in range(steps)], dtype=torch.float64)
@@ -146,6 +146,15 @@ def test_training_is_that_of_pyro_s_elbo(model, loss, pyro_s, kl_weight):
     torch.testing.assert_close(losses, own_losses, rtol=1e-5, atol=1e-4)
     for a, b in zip(state, own_state, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_plates_made_by_the_guide_choose_the_model_s_rows():
+    def create_plates(x, y):
+        return pyro.plate("data", len(x), subsample_size=5)
+
+    _, losses, _ = train("subsampled", Trace_ELBO(), create_plates=create_plates)
+    _, own, _ = train("subsampled", PyroTrace(), create_plates=create_plates)
+    torch.testing.assert_close(losses, own, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("model", ["plain", "hierarchical"])

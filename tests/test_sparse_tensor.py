@@ -15,6 +15,7 @@ from pyro_ssvi import (
     SparseTensor,
     dense_fallbacks,
     forbid_materialise,
+    kernels,
 )
 from pyro_ssvi.gradient_record import GradientRecord
 
@@ -344,6 +345,61 @@ def test_gradcheck_of_a_convolution(groups):
         return F.conv2d(x, SparseTensor(values, active), None, 2, 1, 1, groups)
 
     assert torch.autograd.gradcheck(convolution, (values, x))
+
+
+@pytest.mark.filterwarnings("ignore::pyro_ssvi.PerformanceWarning")
+@pytest.mark.parametrize("index", [-1, 6])
+def test_embedding_of_a_word_that_is_not_there(index):
+    weight = SparseTensor(torch.randn(9), ActiveSet.random((6, 4), 9))
+    with pytest.raises(IndexError, match="out of range"):
+        F.embedding(torch.tensor([0, index]), weight)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_ssvi.PerformanceWarning")
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
+def test_embedding_takes_what_torch_s_own_takes(dtype):
+    weight = SparseTensor(torch.randn(9), ActiveSet.random((6, 4), 9))
+    with pytest.raises(RuntimeError, match="Expected tensor for argument #1 'indices'"):
+        F.embedding(torch.ones(3, dtype=dtype), weight)
+
+
+def test_a_convolution_of_no_images():
+    weight = SparseTensor(torch.randn(20), ActiveSet.random((6, 4, 3, 2), 20))
+    assert F.conv2d(torch.zeros(0, 4, 7, 6), weight).shape == (0, 6, 5, 5)
+
+
+def test_a_use_that_needs_no_gradient_is_not_recorded():
+    active = ActiveSet.random((6, 4), 9)
+    weight = SparseTensor(torch.randn(9, requires_grad=True), active)
+    inputs = torch.randn(3, 4, requires_grad=True)
+    with GradientRecord() as record:
+        F.linear(inputs, weight.detach()).sum().backward()
+    assert active not in record
+
+
+@pytest.mark.parametrize("backend", ["auto", "numba", "torch", "dense"])
+@pytest.mark.parametrize(
+    ("layer", "shape", "inputs"),
+    [(F.linear, (6, 8), (3, 8)), (F.conv2d, (6, 4, 3, 2), (2, 4, 7, 6))],
+)
+def test_autocast_leaves_sparse_products_in_their_precision(backend, layer, shape, inputs):
+    weight = SparseTensor(torch.randn(20, requires_grad=True), ActiveSet.random(shape, 20))
+    inputs = torch.randn(inputs, requires_grad=True)
+    expected = layer(inputs, weight.to_dense())
+    with kernels.use(backend), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = layer(inputs, weight)
+    torch.testing.assert_close(found, expected)
+    grads = [
+        torch.autograd.grad(y.square().sum(), (weight.values, inputs)) for y in (found, expected)
+    ]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_ssvi.PerformanceWarning")
+def test_writing_through_a_view_raises_where_a_gradient_is_at_stake():
+    weight = SparseTensor(torch.randn(9, requires_grad=True), ActiveSet.random((6, 4), 9))
+    with pytest.raises(RuntimeError, match="view"):
+        weight[0].fill_(1.0)
 
 
 @pytest.mark.filterwarnings("ignore::pyro_ssvi.PerformanceWarning")

@@ -6,15 +6,17 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
+from pyro import poutine
 from pyro.infer import (
     SVI,
     JitTrace_ELBO,
     RenyiELBO,
     Trace_ELBO,
+    TraceEnum_ELBO,
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
 )
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from pyro.nn import PyroModule, PyroSample
 
 from pyro_ssvi import (
@@ -27,6 +29,7 @@ from pyro_ssvi import (
     forbid_materialise,
 )
 from pyro_ssvi.addition import Gradient
+from pyro_ssvi.gradient_record import GradientRecord
 
 x, y = torch.randn(20, 12), torch.randn(20)
 
@@ -49,6 +52,8 @@ OPTIMIZERS = {
     "ClippedAdam": lambda: pyro.optim.ClippedAdam({"lr": 1e-2, "lrd": 0.999}),
     "RMSprop": lambda: pyro.optim.RMSprop({"lr": 1e-2, "momentum": 0.9, "centered": True}),
     "AdagradRMSProp": lambda: pyro.optim.AdagradRMSProp({}),
+    "Rprop": lambda: pyro.optim.Rprop({"lr": 1e-2}),
+    "Adagrad": lambda: pyro.optim.Adagrad({"lr": 1e-2, "initial_accumulator_value": 0.1}),
     "scheduled": lambda: pyro.optim.ExponentialLR(
         {"optimizer": torch.optim.Adam, "optim_args": {"lr": 1e-2}, "gamma": 0.99}
     ),
@@ -102,7 +107,7 @@ def test_parameters_and_optimizer_state_follow_their_coordinate(optim):
         assert {k: v for k, v in state_of(svi, param).items() if k in counts[i]} == counts[i]
         for vectors, first in [
             (before[i], None),
-            *((m, 0.0) for m in moments[i].values()),
+            *((m, FIRST.get((optim, k), 0.0)) for k, m in moments[i].items()),
         ]:
             key = next((k for k, m in moments[i].items() if m is vectors), None)
             now = by_coordinate(guide, param if key is None else state_of(svi, param)[key])
@@ -112,7 +117,15 @@ def test_parameters_and_optimizer_state_follow_their_coordinate(optim):
                 assert new.sum() == exchanged.get(name, 0)
                 assert torch.equal(now[name][kept], vectors[name][kept])
                 if first is not None:
-                    assert (now[name][new] == first).all()
+                    assert (now[name][new] == first).all(), key
+
+
+#: What an optimizer's state starts from, where that is not 0.
+FIRST = {
+    ("Rprop", "step_size"): torch.tensor(1e-2),
+    ("Adagrad", "sum"): torch.tensor(0.1),
+    ("AdagradRMSProp", "sum"): None,
+}
 
 
 def is_moment(value, param):
@@ -169,10 +182,14 @@ def test_fifty_exchanges(loss):
             assert (sample[name].to_dense()[~active.mask] == 0).all()
 
 
-def test_exchange_removes_the_least_and_adds_the_most_promising():
-    guide, svi = make(addition=Gradient(at="mean"))
+@pytest.mark.parametrize("local_reparam", [False, True])
+def test_exchange_removes_the_least_and_adds_the_most_promising(local_reparam):
+    guide, svi = make(
+        addition=Gradient(at="mean"), loss=TraceMeanField_ELBO(), local_reparam=local_reparam
+    )
     for _ in range(20):
         svi.step(x, y)
+    guide.scale_unconstrained.data.normal_()
     old = guide.active_sets
     posterior = guide.posterior()
     # The gradient of the dense twin at the mean, by plain autograd.
@@ -228,6 +245,67 @@ def test_an_exchange_leaves_no_gradient_behind():
     svi.exchange(x, y, share=0.3)
     for param in guide.parameters_in_place():
         assert param.grad is None or (param.grad == 0).all()
+
+
+@pytest.mark.parametrize("local_reparam", [False, True])
+def test_the_record_holds_the_gradient_of_the_mean(local_reparam):
+    """That of a step, averaged over batches; an inactive coordinate has no variance to gain."""
+    loss = TraceMeanField_ELBO()
+    guide, svi = make(loss=loss, local_reparam=local_reparam, addition=Gradient(batches=2))
+    svi.step(x, y)
+    guide.scale_unconstrained.data.fill_(-20.0)  # a draw is the mean, or as good
+    active = guide.active_sets["w0"]
+    leaves = {n: m.requires_grad_() for n, m in guide.median().items()}
+    mean = F.linear(F.linear(x, leaves["w0"], leaves["b0"]).tanh(), leaves["w1"]).squeeze(-1)
+    (-dist.Normal(mean, 0.5).log_prob(y).sum()).backward()
+    seen = []
+    svi.addition = Gradient(score=lambda gradient: seen.append(gradient) or gradient)
+    svi.exchange(x, y, share=0.3)
+    torch.testing.assert_close(seen[0], leaves["w0"].grad, rtol=1e-3, atol=1e-3)
+    assert not guide.active_sets["w0"].same(active)
+
+
+def test_gradients_of_batches_are_averaged():
+    seen = []
+    _guide, svi = make(
+        addition=Gradient(batches=3, score=lambda g: seen.append(g) or g.abs()),
+        schedule=ConstantSchedule(every=3),
+    )
+    single = []
+    original = GradientRecord.add_product
+
+    def spy(self, active, g, x, groups=1):
+        if active.shape == (10, 12):
+            single.append(g @ x.t())
+        original(self, active, g, x, groups)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GradientRecord, "add_product", spy)
+        for _ in range(3):
+            svi.step(x, y)
+    assert len(single) == 3
+    torch.testing.assert_close(seen[0], sum(single) / 3)
+
+
+def test_the_share_is_that_of_this_step():
+    schedule = CosineSchedule(every=4, fraction=0.5, stop=10)
+    guide, svi = make(schedule=schedule)
+    for _ in range(8):
+        before = guide.active_sets["w0"] if svi.steps else None
+        svi.step(x, y)
+    kept = (guide.active_sets["w0"].mask & before.mask).sum()
+    assert 36 - kept == math.floor(36 * schedule.share(8) + 0.5)
+    assert schedule.share(7) * 36 > 36 - kept + 1
+
+
+def test_two_sparse_guides_both_exchange():
+    pyro.clear_param_store()
+    guide = AutoGuideList(bnn)
+    guide.append(AutoSparseNormal(poutine.block(bnn, expose=["w0", "b0"]), density=0.3))
+    guide.append(AutoSparseNormal(poutine.block(bnn, expose=["w1"]), density=0.3))
+    svi = SSVI(bnn, guide, OPTIMIZERS["Adam"](), Trace_ELBO())
+    svi.step(x, y)
+    assert svi.exchange(x, y, share=0.4) == {"w0": 14, "w1": 1}
 
 
 def test_nothing_is_recorded_in_a_normal_step(monkeypatch):
@@ -298,6 +376,33 @@ def test_kl_weight_scales_the_divergence_and_not_the_likelihood(loss):
     mean = F.linear(F.linear(x, sample["w0"], sample["b0"]).tanh(), sample["w1"]).squeeze(-1)
     expected = -dist.Normal(mean, 0.5).log_prob(y).sum()
     assert values[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_enumerated_sites_count_to_the_likelihood():
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([2, 12]).to_event(2))
+        means = F.linear(x, w)
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+            mean = torch.where(k == 1, means[:, 1], means[:, 0])
+            pyro.sample("obs", dist.Normal(mean, 0.5), obs=y)
+
+    pyro.clear_param_store()
+    guide = AutoSparseNormal(poutine.block(model, hide=["k"]), density=0.5)
+    loss = TraceEnum_ELBO(max_plate_nesting=1)
+    svi = SSVI(model, guide, OPTIMIZERS["Adam"](), loss)
+    guide(x, y)
+    losses = []
+    for svi.kl_weight in (0.0, 0.5, 1.0):
+        pyro.set_rng_seed(0)
+        losses.append(svi.evaluate_loss(x, y))
+    assert losses[1] == pytest.approx((losses[0] + losses[2]) / 2, rel=1e-4)
+    pyro.set_rng_seed(0)
+    means = F.linear(x, guide(x, y)["w"].to_dense())
+    parts = dist.Normal(means, 0.5).log_prob(y.unsqueeze(-1)) + torch.tensor([0.7, 0.3]).log()
+    assert losses[0] == pytest.approx(-parts.logsumexp(-1).sum().item(), rel=1e-4)
+    svi.step(x, y)
+    assert svi.exchange(x, y, share=0.5) == {"w": 6}
 
 
 def test_kl_weight_as_a_function_of_the_step():
@@ -435,9 +540,46 @@ def test_more_batches_than_steps_between_exchanges():
         make(addition=Gradient(batches=5), schedule=ConstantSchedule(every=3))
 
 
-def test_new_scale():
+@pytest.mark.parametrize("new_scale", [-1.0, 0.0, math.inf, math.nan])
+def test_new_scale(new_scale):
     with pytest.raises(ValueError, match="new_scale='mean' or a float > 0"):
-        make(new_scale=-1.0)
+        make(new_scale=new_scale)
+
+
+@pytest.mark.parametrize("share", [2.0, -0.1, math.nan])
+def test_share(share):
+    _guide, svi = make()
+    svi.step(x, y)
+    with pytest.raises(ValueError, match=r"share in \[0, 1\]"):
+        svi.exchange(x, y, share=share)
+
+
+def test_schedule():
+    with pytest.raises(
+        ValueError, match=r"expected a schedule such as CosineSchedule\(\), got 100"
+    ):
+        make(schedule=100)
+
+
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
+def test_kl_weight(weight):
+    with pytest.raises(ValueError, match="kl_weight >= 0"):
+        make(kl_weight=weight)
+    _guide, svi = make(kl_weight=lambda step: weight)
+    with pytest.raises(ValueError, match="kl_weight >= 0"):
+        svi.step(x, y)
+
+
+def test_a_guide_whose_parts_cannot_be_found():
+    guide = poutine.scale(AutoSparseNormal(bnn), scale=0.5)
+    with pytest.raises(ValueError, match="which is not a module"):
+        SSVI(bnn, guide, OPTIMIZERS["Adam"](), Trace_ELBO())
+
+
+def test_gradient_at_the_mean_of_vectorised_particles():
+    loss = Trace_ELBO(num_particles=2, vectorize_particles=True)
+    with pytest.raises(ValueError, match="without vectorize_particles"):
+        make(loss=loss, addition=Gradient(at="mean"))
 
 
 def test_jit_is_refused():
@@ -477,6 +619,32 @@ def test_removal_scores_that_are_not_finite_skip_the_exchange():
     svi.step(x, y)
     with pytest.warns(NonFiniteWarning, match="removal scores of site 'w0' are not finite"):
         assert svi.exchange(x, y, share=0.3) == {}
+
+
+@pytest.mark.filterwarnings("ignore:Encountered")
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("loss", [Trace_ELBO(), Trace_ELBO(num_particles=2)])
+@pytest.mark.parametrize("step", [4, 5])
+def test_a_step_on_bad_data_changes_nothing(bad, loss, step):
+    guide, svi = make(loss=loss, schedule=ConstantSchedule(every=5))
+    for _ in range(step - 1):
+        svi.step(x, y)
+    sets = guide.active_sets
+    before = [p.detach().clone() for p in guide.parameters()]
+    moments = state_of(svi, guide.loc_unconstrained)["exp_avg"].clone()
+    broken = x.clone()
+    broken[0, 0] = bad
+    message = f"step {step} skipped: its loss or gradient is not finite"
+    with pyro.validation_enabled(False), pytest.warns(NonFiniteWarning, match=message):
+        svi.step(broken, y)
+    assert guide.active_sets is sets
+    assert all(torch.equal(a, b) for a, b in zip(guide.parameters(), before, strict=True))
+    assert torch.equal(state_of(svi, guide.loc_unconstrained)["exp_avg"], moments)
+    assert svi.steps == step
+    for _ in range(5):
+        svi.step(x, y)
+    assert guide.active_sets is not sets
+    assert all(p.isfinite().all() for p in guide.parameters())
 
 
 # Local reparameterisation

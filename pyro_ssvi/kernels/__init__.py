@@ -82,8 +82,9 @@ def _backend(active: ActiveSet, x: Tensor) -> ModuleType:
         return _module(_choice)
     # Measured at batch 128, float32, 2 cores with AVX2, matrices of 400x784 to 4000x4000:
     # dense products run at 130 GFLOP/s, Numba's at 30 to 50, torch's CSR at 10 to 20.
-    fast = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and _has_numba()
-    if active.density > (0.3 if fast else 0.12):
+    on_cpu, usual = x.device.type == "cpu", x.dtype in (torch.float32, torch.float64)
+    fast = on_cpu and usual and _has_numba()
+    if active.density > (0.3 if fast else 0.12) or (on_cpu and not usual):
         return _module("dense")
     # Under 8 columns a vector of the batch has nothing to work on.
     return _module("numba" if fast and x.shape[1] >= 8 else "torch")
