@@ -85,7 +85,7 @@ class ActiveSet:
     def is_full(self) -> bool:
         return len(self) == self.numel()
 
-    @property
+    @cached_property
     def density(self) -> float:
         return len(self) / max(self.numel(), 1)
 

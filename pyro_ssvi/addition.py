@@ -42,11 +42,13 @@ class Gradient:
     def choose(self, active: ActiveSet, n: int, record: GradientRecord) -> Tensor:
         """``n`` inactive coordinates, as flat indices.
 
-        :raises FloatingPointError: if one of the largest scores is not finite.
+        :raises FloatingPointError: if one of the ``n`` largest scores is not finite.
         """
 
         def block(start: int, stop: int) -> Tensor:
-            gradient = record.block(active, start, stop) / self.batches
+            gradient = record.block(active, start, stop)
+            if self.batches > 1:
+                gradient = gradient / self.batches
             scores = self.score(gradient)
             if scores.shape != gradient.shape or not scores.is_floating_point():
                 raise ValueError(
@@ -57,7 +59,7 @@ class Gradient:
 
         added, scores = top_inactive(active, n, block)
         # NaN and infinity come first among the largest.
-        if not scores.isfinite().all():
+        if len(added) < n or not scores.isfinite().all():
             raise FloatingPointError("its gradient is not finite")
         return added
 

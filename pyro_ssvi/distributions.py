@@ -294,6 +294,8 @@ def _without_repeats(param: Tensor) -> Tensor:
     ]
     if sizes == list(param.shape):
         return param
+    if not param.requires_grad:
+        return param.as_strided(sizes, param.stride(), param.storage_offset())
     if param._base is not None and _is_plain_view(param):
         # Past the view itself: the gradient of an expanded tensor has its full size.
         return param._base.as_strided(sizes, param.stride(), param.storage_offset())

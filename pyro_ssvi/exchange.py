@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -69,28 +70,36 @@ def top_inactive(
 ) -> tuple[Tensor, Tensor]:
     """The ``n`` inactive coordinates with the largest scores.
 
-    Scores are asked for by blocks of rows, and only the best so far are kept: the memory
-    needed does not grow with the site.
+    Scores are asked for by blocks of rows, and only those that may be among the largest are
+    kept: the memory needed does not grow with the site.
 
     :param block: ``block(start, stop)`` gives the scores of these rows of the site's matrix.
     :param block_bytes: size of a block of float32 scores, :data:`BLOCK_BYTES` by default.
-    :return: their flat indices and scores, both ``[n]``. NaN counts as the largest score.
+    :return: their flat indices and scores, both ``[n]``, or fewer if others have a score of -inf.
+        NaN counts as the largest score.
     """
     rows, cols = active.matrix_shape
     step = max(1, (BLOCK_BYTES if block_bytes is None else block_bytes) // (4 * cols))
-    best_score = best_index = active.indices.new_empty(0)
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        score = block(start, stop).reshape(-1).clone()
-        inside = active.indices
-        if step < rows:
-            bounds = torch.tensor([start * cols, stop * cols], device=active.device)
-            first, last = torch.searchsorted(active.indices, bounds).tolist()
-            inside = inside[first:last] - start * cols
-        score.index_fill_(0, inside, float("-inf"))
-        score, index = score.topk(min(n, len(score)), sorted=False)
-        index = index + start * cols
-        score, index = torch.cat([best_score.to(score), score]), torch.cat([best_index, index])
-        best_score, place = score.topk(min(n, len(score)), sorted=False)
-        best_index = index[place]
-    return best_index, best_score
+    if step >= rows:
+        score = block(0, rows).reshape(-1).index_fill(0, active.indices, -math.inf)
+        score, index = score.topk(n, sorted=False)
+        return index, score
+    starts = torch.arange(0, rows + step, step, device=active.device) * cols
+    bounds = torch.searchsorted(active.indices, starts).tolist()
+    scores, indices, kept = [], [], 0
+    least = torch.tensor(-math.inf, device=active.device)
+    for i, start in enumerate(range(0, rows, step)):
+        score = block(start, min(start + step, rows)).reshape(-1)
+        candidate = (score <= least).logical_not_()  # not "larger than", which NaN would not be
+        inside = active.indices[bounds[i] : bounds[i + 1]] - start * cols
+        index = candidate.index_fill_(0, inside, False).nonzero().squeeze(-1)
+        scores.append(score[index])
+        indices.append(index + start * cols)
+        kept += len(index)
+        if kept > 2 * n or start + step >= rows:
+            score, index = torch.cat(scores), torch.cat(indices)
+            score, place = score.topk(min(n, kept), sorted=False)
+            scores, indices, kept = [score], [index[place]], len(score)
+            if kept == n > 0:
+                least = score.min()
+    return indices[0], scores[0]

@@ -11,6 +11,7 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 MODULES = {"datasets.py"}  # imported by examples, tested in test_datasets.py
 SMALL = {
+    "billion_weights.py": "--weights 2e4 4e4 --active 6e3 --steps 8 --threads 1",
     "compare_with_autonormal.py": (
         "--hidden 16 --epochs 3 --density 0.5 0.2 --exchange-every 5 --json out/r.json --plot p.png"
     ),
@@ -27,6 +28,15 @@ def run(name: str, arguments: str, folder: Path) -> subprocess.CompletedProcess:
 
 def test_every_example_is_listed():
     assert {path.name for path in EXAMPLES.glob("*.py")} == MODULES | set(SMALL)
+
+
+def test_billion_weights(tmp_path):
+    name = "billion_weights.py"
+    result = run(name, SMALL[name], tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = [line.split() for line in result.stdout.splitlines() if "%" in line]
+    assert [row[1] for row in rows] == ["6,000", "6,000"]
+    assert [row[0] for row in rows] == ["19,947", "39,840"]
 
 
 def test_compare_with_autonormal(tmp_path):
