@@ -16,6 +16,7 @@ from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributions import kl_divergence
 
 from .distributions import SubspacePrior, elementwise_base, is_elementwise_real, single_number
@@ -119,16 +120,16 @@ class FusedELBO:
         if plain:
             if len(plain) < len(parts):
                 loc, scale, noise, draw = (torch.cat(p) for p in zip(*plain, strict=True))
-            sizes = self._as_tensor(tuple(len(part[0]) for part in plain), loc.device)
+            sizes = tuple(len(part[0]) for part in plain)
             mean, std = torch.cat(means), torch.cat(stds)
             divergence = divergence + self._plain_divergence(
                 loc, scale, noise, draw, mean, std, sizes
             )
         return kl_weight * divergence - likelihood
 
-    def _as_tensor(self, sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    def _as_tensor(self, sizes: tuple[int, ...], like: Tensor) -> Tensor:
         if sizes not in self._sizes:  # copied to a device once
-            self._sizes[sizes] = torch.tensor(sizes, device=device)
+            self._sizes[sizes] = torch.tensor(sizes, dtype=like.dtype, device=like.device)
         return self._sizes[sizes]
 
     @staticmethod
@@ -152,21 +153,20 @@ class FusedELBO:
         draw: Tensor,
         mean: Tensor,
         std: Tensor,
-        sizes: Tensor,
+        sizes: tuple[int, ...],
     ) -> Tensor:
         """The KL divergence from normal priors, or its estimate from the draw.
 
         :param loc: ``[K]``, as are ``scale``, ``noise`` and ``draw``: of several sites.
         :param mean: ``[n]``, as are ``std`` and ``sizes``: of each site.
         """
-        k = len(loc)
-        mean_of, std_of = (x.repeat_interleave(sizes, output_size=k) for x in (mean, std))
-        log_ratio = torch.dot(sizes.to(std), std.log()) - scale.log().sum()
+        log_ratio = torch.dot(self._as_tensor(sizes, std), std.log()) - scale.log().sum()
         if self.closed_form:
-            z, r = (loc - mean_of) / std_of, scale / std_of
-            return log_ratio + 0.5 * (torch.dot(z, z) + torch.dot(r, r) - k)
-        z = (draw - mean_of) / std_of
-        return log_ratio + 0.5 * (torch.dot(z, z) - torch.dot(noise, noise))
+            square = _squares(loc, mean, std, sizes)
+            square = square + _squares(scale, torch.zeros_like(mean), std, sizes) - sum(sizes)
+        else:
+            square = _squares(draw, mean, std, sizes) - torch.dot(noise, noise)
+        return log_ratio + 0.5 * square
 
     def _divergence(self, q: Any, msg: Any) -> Tensor:
         """The same for any site, as Pyro has it."""
@@ -177,6 +177,48 @@ class FusedELBO:
             except NotImplementedError:
                 pass
         return q.log_prob(msg["value"]).sum() - _log_prob(prior, msg)
+
+
+class _Squares(torch.autograd.Function):
+    """One pass over all sites, and one vector kept, where elementwise functions take several."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mean: Tensor, std: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        z = torch.empty_like(x)
+        parts = zip(x.split(sizes), z.split(sizes), mean.unbind(), std.unbind(), strict=True)
+        squares = []
+        for x_i, z_i, mean_i, std_i in parts:
+            torch.sub(x_i, mean_i, out=z_i).div_(std_i)
+            squares.append(torch.dot(z_i, z_i))
+        squares_of = torch.stack(squares)
+        ctx.save_for_backward(z, std, squares_of)
+        ctx.sizes = sizes
+        return squares_of.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        z, std, squares = ctx.saved_tensors
+        factor = 2 * g / std
+        grad_x = torch.empty_like(z)
+        parts = zip(grad_x.split(ctx.sizes), z.split(ctx.sizes), factor.unbind(), strict=True)
+        for grad_i, z_i, factor_i in parts:
+            torch.mul(z_i, factor_i, out=grad_i)
+        grad_mean = grad_std = None
+        if ctx.needs_input_grad[1]:
+            grad_mean = -torch.stack([part.sum() for part in grad_x.split(ctx.sizes)])
+        if ctx.needs_input_grad[2]:
+            grad_std = -factor * squares
+        return grad_x, grad_mean, grad_std, None
+
+
+def _squares(x: Tensor, mean: Tensor, std: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """The sum of ``((x - mean) / std)^2``.
+
+    :param x: ``[K]``, of ``n`` sites with so many elements as ``sizes`` says.
+    :param mean: ``[n]``, as is ``std``.
+    """
+    return _Squares.apply(x, mean, std, sizes)
 
 
 def _log_prob(fn: Any, msg: Any) -> Tensor:
