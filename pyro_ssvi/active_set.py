@@ -178,6 +178,33 @@ class ActiveSet:
     def _blocks(self) -> dict[int, ActiveSet]:
         return {}
 
+    def by_channel(self, taps: int, used: tuple[bool, ...]) -> CSR:
+        """The matrix of a convolution, grouped by input channel, with some of its taps.
+
+        :param taps: how many of the matrix's columns belong to one channel.
+        :param used: which of them count.
+        :return: the matrix of shape ``(channels, n * taps)``.
+        """
+        if (taps, used) not in self._channels:
+            rows, cols = self.matrix_shape
+            column = self.indices % cols
+            channel, tap = column // taps, column % taps
+            place = torch.tensor(used, device=self.device)[tap].nonzero().squeeze(-1)
+            key = (channel * rows + self.indices // cols) * taps + tap
+            key, order = key[place].sort()
+            crow = _offsets(key // (rows * taps), cols // taps)
+            self._channels[taps, used] = CSR(
+                crow,
+                _narrow(key % (rows * taps)),
+                _narrow(place[order]),
+                (cols // taps, rows * taps),
+            )
+        return self._channels[taps, used]
+
+    @cached_property
+    def _channels(self) -> dict[tuple[int, tuple[bool, ...]], CSR]:
+        return {}
+
     @cached_property
     def csr(self) -> CSR:
         """The site's matrix, row by row."""

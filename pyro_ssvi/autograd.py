@@ -75,26 +75,20 @@ class _Conv(torch.autograd.Function):
         ctx.save_for_backward(values, x)
         ctx.active, ctx.patches, ctx.groups = active, patches, groups
         ctx.record = recording() if record else None
-        out = kernels.matmul(active.block_diagonal(groups), values, patches.columns(x))
-        height, width = patches.out_size((x.shape[2], x.shape[3]))
-        return out.view(active.shape[0], len(x), height, width).transpose(0, 1)
+        return kernels.conv(active, values, x, patches, groups)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         values, x = ctx.saved_tensors
-        active = ctx.active.block_diagonal(ctx.groups)
-        g = g.transpose(0, 1).flatten(1)
+        how = ctx.patches, ctx.groups
         grad_values = grad_x = None
         if ctx.needs_input_grad[0]:
-            # Made anew: columns are as many times the input's size as the kernel has elements.
-            columns = ctx.patches.columns(x)
-            grad_values = kernels.sampled(active, g, columns)
+            grad_values = kernels.conv_sampled(ctx.active, g, x, *how)
             if ctx.record is not None:
-                ctx.record.add_product(ctx.active, g, columns, ctx.groups)
+                ctx.record.add_convolution(ctx.active, g, x, *how)
         if ctx.needs_input_grad[1]:
-            columns = kernels.matmul(active, values, g, transposed=True)
-            grad_x = ctx.patches.images(columns, x.shape)
+            grad_x = kernels.conv_input(ctx.active, values, g, *how, x.shape)
         return grad_values, grad_x, None, None, None, None
 
 

@@ -6,9 +6,11 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextvars import ContextVar, Token
 
+import torch
 from torch import Tensor
 
 from .active_set import ActiveSet
+from .patches import Patches
 
 __all__ = ["GradientRecord", "recording"]
 
@@ -48,18 +50,32 @@ class GradientRecord:
         assert self._token is not None
         _CURRENT.reset(self._token)
 
-    def add_product(self, active: ActiveSet, g: Tensor, x: Tensor, groups: int = 1) -> None:
-        """Add ``g @ x.T`` with ``g [rows, b]`` and ``x [groups * cols, b]``.
+    def add_product(self, active: ActiveSet, g: Tensor, x: Tensor) -> None:
+        """Add ``g @ x.T`` with ``g [rows, b]`` and ``x [cols, b]``."""
+        g, x = g.detach(), x.detach()
+        self._parts[active].append(lambda start, stop: g[start:stop] @ x.t())
 
-        With several groups, each block of rows meets the block of ``x`` of its own.
+    def add_convolution(
+        self, active: ActiveSet, g: Tensor, x: Tensor, patches: Patches, groups: int
+    ) -> None:
+        """Add the gradient of a convolution's kernel.
+
+        :param g: ``[b, n, out_h, out_w]``.
+        :param x: ``[b, c, h, w]``.
         """
         g, x = g.detach(), x.detach()
 
         def block(start: int, stop: int) -> Tensor:
-            if groups == 1:
-                return g[start:stop] @ x.t()
-            blocks = g.unflatten(0, (groups, -1)) @ x.unflatten(0, (groups, -1)).mT
-            return blocks.flatten(0, 1)[start:stop]
+            # The output channels of the block, in as many groups as they come from.
+            per_group = active.shape[0] // groups
+            parts = []
+            while start < stop:
+                group = start // per_group
+                end = min(stop, (group + 1) * per_group)
+                images = x.chunk(groups, 1)[group]
+                parts.append(patches.kernel_gradient(images, g[:, start:end]).flatten(1))
+                start = end
+            return torch.cat(parts)
 
         self._parts[active].append(block)
 

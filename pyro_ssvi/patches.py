@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 __all__ = ["Patches"]
 
@@ -59,3 +60,13 @@ class Patches(NamedTuple):
         for tap, (rows, cols) in enumerate(self._taps(out)):
             padded[:, :, rows, cols] += columns[:, tap]
         return padded[:, :, top : top + h, left : left + w].transpose(0, 1)
+
+    def kernel_gradient(self, x: Tensor, g: Tensor) -> Tensor:
+        """The gradient of a dense kernel.
+
+        :param x: ``[b, c, h, w]``.
+        :param g: ``[b, n, out_h, out_w]``.
+        :return: ``[n, c, kh, kw]``.
+        """
+        shape = (g.shape[1], x.shape[1], *self.kernel)
+        return conv2d_weight(F.pad(x, self.padding), shape, g, self.stride, 0, self.dilation)

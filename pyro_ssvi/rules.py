@@ -174,8 +174,11 @@ def _convolve(
     else:
         before = after = (0, 0) if padding == "valid" else _pair(padding, dims, 0)
     sides = (before[1], after[1], before[0], after[0])
-    patches = Patches(kernel, stride, sides, dilation)
     images = input if dims == 2 else input.unsqueeze(2)
+    if kernel == (1, 1) and not any(sides):
+        # The pixels that are passed over need not come along.
+        images, stride = images[:, :, :: stride[0], :: stride[1]], (1, 1)
+    patches = Patches(kernel, stride, sides, dilation)
     if min(patches.out_size((images.shape[2], images.shape[3]))) < 1:
         return NotImplemented
 

@@ -267,6 +267,11 @@ LAYERS = {
         IMAGES,
     ),
     "torch.conv2d": (lambda W, x, b: torch.conv2d(x, W, b, 2, 1), (6, 4, 3, 3), IMAGES),
+    "conv2d 1x1, strided": (
+        lambda W, x, b: F.conv2d(x, W, b, stride=(2, 3)),
+        (6, 4, 1, 1),
+        IMAGES,
+    ),
     "conv2d 1x1": (lambda W, x, b: F.conv2d(x, W, b), (6, 4, 1, 1), IMAGES),
     "conv2d, all options": (
         lambda W, x, b: F.conv2d(x, W, b, (2, 1), (1, 2), (1, 2)),

@@ -33,7 +33,14 @@ from torch.nn import functional as F
 from ..active_set import CSR, ActiveSet
 from .numba_vectors import at, axpy, dot, load, prefetch, store, take, zeros
 
-__all__ = ["DTYPES", "matmul", "sampled"]
+__all__ = [
+    "DTYPES",
+    "compiled",
+    "launch",
+    "matmul",
+    "num_threads",
+    "sampled",
+]
 
 DTYPES = {torch.float32: types.float32, torch.float64: types.float64}
 
@@ -75,7 +82,8 @@ if hasattr(os, "register_at_fork"):
 # Kernels. A task is one block of rows, and one tile or range of tiles of the batch.
 
 
-def _compiled(body: Any) -> Any:
+def compiled(body: Any) -> Any:
+    """Compile a kernel: a function of the address of its job, see :func:`launch`."""
     kernel = cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")(body)
     if not kernel.cache_hits:
         name = body.__qualname__.split(".")[0].strip("_")
@@ -97,7 +105,7 @@ def _panel(x, j, zero, width):
 
 @functools.cache
 def _matmul_kernel(dtype: types.Float, width: int) -> Any:
-    @_compiled
+    @compiled
     def kernel(job):
         n, m, k, b = job[1], job[2], job[3], job[4]
         row_blocks, batch_blocks, pack = job[5], job[6], job[7]
@@ -123,7 +131,7 @@ def _matmul_kernel(dtype: types.Float, width: int) -> Any:
 
 @functools.cache
 def _sampled_kernel(dtype: types.Float, width: int) -> Any:
-    @_compiled
+    @compiled
     def kernel(job):
         n, m, k, b = job[1], job[2], job[3], job[4]
         row_blocks, batch_blocks, pack = job[5], job[6], job[7]
@@ -153,17 +161,22 @@ def _sampled_kernel(dtype: types.Float, width: int) -> Any:
 # Launching.
 
 
-def _threads(work: int) -> int:
+def num_threads(work: int) -> int:
+    """How many threads so many operations are worth."""
     return 1 if _parallel is None or work < _SERIAL_FLOPS else torch.get_num_threads()
 
 
 def _run(
     kernel: Any, csr: CSR, a: Tensor, x: Tensor, out: Tensor, threads: int, *plan: int
 ) -> None:
-    crow, col = csr.crow, csr.col
-    sizes = (*csr.shape, len(col), x.shape[1], *plan)
-    inputs = (crow.data_ptr(), col.data_ptr(), a.data_ptr(), a.stride(0), x.data_ptr(), x.stride(0))
-    job = _Job(0, *sizes, *inputs, out.data_ptr())
+    sizes = (*csr.shape, len(csr.col), x.shape[1], *plan)
+    launch(kernel, threads, *sizes, csr.crow, csr.col, a, a.stride(0), x, x.stride(0), out)
+
+
+def launch(kernel: Any, threads: int, *arguments: int | Tensor) -> None:
+    """Run a kernel on so many threads; of a tensor, it gets the address."""
+    numbers = (x.data_ptr() if isinstance(x, Tensor) else x for x in arguments)
+    job = _Job(0, *numbers)
     if threads > 1:
         _parallel(kernel.address, job, threads, 0)
     else:
@@ -194,7 +207,7 @@ def matmul(active: ActiveSet, values: Tensor, x: Tensor, transposed: bool) -> Te
     if not k * b:
         return x.new_zeros(n, b)
     width = min(_MATMUL_BYTES // x.itemsize, 1 << (b.bit_length() - 1))
-    threads = _threads(2 * k * b)
+    threads = num_threads(2 * k * b)
     long = b > _LONG * threads
     plan = (1 if long else _SHARE * threads, -(-b // width), long)
     if csr.perm is not None:
@@ -218,7 +231,7 @@ def sampled(active: ActiveSet, g: Tensor, x: Tensor) -> Tensor:
         pad = (0, width - rest)
         end = sampled(active, F.pad(g[:, -rest:], pad), F.pad(x[:, -rest:], pad))
         return end if rest == b else end + sampled(active, g[:, :-rest], x[:, :-rest])
-    threads = _threads(2 * k * b)
+    threads = num_threads(2 * k * b)
     long = b > _LONG * threads
     plan = (1, threads, long) if long else (_SHARE * threads, 1, long)
     out = x.new_empty(plan[1], k)
