@@ -1,14 +1,14 @@
-"""Ways to train one multi-layer perceptron: each is built once, then steps on command.
+"""Ways to train a network: each is built once, then steps on command.
 
 All get the same batch again and again. The Pyro contenders get one and the same model: the weights
-``[out, in]`` and the biases are sites with the prior Normal(0, 0.1), and the likelihood of a
+and biases of layers are sites with the prior Normal(0, 0.1), and the likelihood of a
 minibatch stands for :data:`NUM_DATA` images. They start at a draw of the prior: by default
 AutoNormal would draw 15, and that, not training, would be its peak of memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal, init_to_sample
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyro_ssvi import SSVI, AutoSparseNormal, CosineSchedule, kernels
@@ -33,11 +34,38 @@ EXCHANGE_EVERY = 100
 class Batch:
     """Random images and labels. Their index is made once: Pyro would draw 60,000 each step."""
 
-    def __init__(self, size: int, features: int, classes: int) -> None:
+    def __init__(self, size: int, shape: Sequence[int], classes: int) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.x = torch.rand(size, features, generator=generator)
+        self.x = torch.rand(size, *shape, generator=generator)
         self.y = torch.randint(classes, (size,), generator=generator)
         self.index = torch.arange(size)
+
+
+def perceptron(sizes: Sequence[int]) -> nn.Module:
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in pairwise(sizes):
+        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def resnet18(classes: int) -> nn.Module:
+    """torchvision's ResNet-18, with the usual stem for images of 32x32 pixels."""
+    from torchvision.models import resnet18  # loaded for this net only
+
+    net = resnet18(num_classes=classes)
+    net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    net.maxpool = nn.Identity()
+    return net
+
+
+def weights_of(net: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that get a posterior: all but those of normalisation."""
+    return {
+        f"{layer}.{name}": parameter
+        for layer, module in net.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        for name, parameter in module.named_parameters()
+    }
 
 
 class Contender:
@@ -82,12 +110,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 class Deterministic(Contender):
     """A plain network, trained by Adam."""
 
-    def __init__(self, sizes: list[int], batch: Batch) -> None:
-        self.batch = batch
-        layers: list[nn.Module] = []
-        for fan_in, fan_out in pairwise(sizes):
-            layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
-        self.net = nn.Sequential(*layers[:-1])
+    def __init__(self, net: nn.Module, batch: Batch) -> None:
+        self.net, self.batch = net, batch
         self.optim = self.make_optim()
 
     def make_optim(self) -> torch.optim.Optimizer:
@@ -130,46 +154,56 @@ class Masked(Contender):
     it would be in Pyro.
     """
 
-    def __init__(self, sizes: list[int], batch: Batch, density: float) -> None:
-        self.batch = batch
-        shapes = [shape for i, o in pairwise(sizes) for shape in ((o, i), (o,))]
+    def __init__(self, net: nn.Module, batch: Batch, density: float) -> None:
+        self.net, self.batch = net, batch
+        weights = weights_of(net)
         raw_scale = torch.tensor(INIT_SCALE).expm1().log().item()  # softplus makes it INIT_SCALE
-        self.locs = [nn.Parameter(torch.randn(s) * PRIOR_SCALE) for s in shapes]
-        self.raws = [nn.Parameter(torch.full(s, raw_scale)) for s in shapes]
-        self.masks = [(torch.rand(s) < density).float() if len(s) == 2 else None for s in shapes]
-        self.optim = torch.optim.Adam([*self.locs, *self.raws], lr=LEARNING_RATE)
+        self.locs = {n: nn.Parameter(torch.randn_like(w) * PRIOR_SCALE) for n, w in weights.items()}
+        self.raws = {n: nn.Parameter(torch.full_like(w, raw_scale)) for n, w in weights.items()}
+        self.masks = {
+            n: (torch.rand_like(w) < density).float() for n, w in weights.items() if w.dim() > 1
+        }
+        others = [p for n, p in net.named_parameters() if n not in weights]
+        for weight in weights.values():
+            weight.data = torch.empty(0)  # its place is taken
+        parameters = [*self.locs.values(), *self.raws.values(), *others]
+        self.optim = torch.optim.Adam(parameters, lr=LEARNING_RATE)
 
     def step(self) -> float:
         self.optim.zero_grad()
         kl = torch.zeros(())
-        values = []
-        for loc, raw, mask in zip(self.locs, self.raws, self.masks, strict=True):
-            scale = F.softplus(raw)
+        values = {}
+        for name, loc in self.locs.items():
+            scale = F.softplus(self.raws[name])
             value = torch.addcmul(loc, scale, torch.randn_like(loc))
             square = (loc.square() + scale.square()) / (2 * PRIOR_SCALE**2)
             kl_each = square - scale.log()  # up to a constant
+            mask = self.masks.get(name)
             if mask is not None:
                 value, kl_each = value * mask, kl_each * mask
-            values.append(value)
+            values[name] = value
             kl = kl + kl_each.sum()
-        x = self.batch.x
-        for i, (weight, bias) in enumerate(zip(values[::2], values[1::2], strict=True)):
-            x = F.linear(x if i == 0 else F.relu(x), weight, bias)
-        loss = NUM_DATA * F.cross_entropy(x, self.batch.y) + kl
+        logits = functional_call(self.net, values, self.batch.x)
+        loss = NUM_DATA * F.cross_entropy(logits, self.batch.y) + kl
         loss.backward()
         self.optim.step()
         return loss.item()
 
     def state(self) -> Any:
-        return [self.locs, self.raws, self.masks, dict(self.optim.state)]
+        parts = [self.locs, self.raws, self.masks, dict(self.optim.state)]
+        return [*parts, *self.net.parameters(), *self.net.buffers()]
 
 
 class Bayesian(Contender):
     """The Pyro model with AutoNormal."""
 
-    def __init__(self, sizes: list[int], batch: Batch, elbo: Any) -> None:
-        self.sizes, self.batch = sizes, batch
-        self.elbo = elbo
+    def __init__(self, net: nn.Module, batch: Batch, elbo: Any) -> None:
+        self.net, self.batch, self.elbo = net, batch, elbo
+        weights = weights_of(net)
+        self.shapes = {name: weight.shape for name, weight in weights.items()}
+        self.others = {n: p for n, p in net.named_parameters() if n not in weights}
+        for weight in weights.values():
+            weight.data = torch.empty(0)  # its place is taken
         self.guide = self.make_guide(init_loc_fn=init_to_sample, init_scale=INIT_SCALE)
         self.svi = self.make_svi(pyro.optim.Adam({"lr": LEARNING_RATE}))
 
@@ -184,19 +218,20 @@ class Bayesian(Contender):
 
     def model(self, x: Tensor, y: Tensor) -> None:
         prior = dist.Normal(0.0, PRIOR_SCALE)
-        for i, (fan_in, fan_out) in enumerate(pairwise(self.sizes)):
-            w = pyro.sample(f"w{i}", prior.expand([fan_out, fan_in]).to_event(2))
-            b = pyro.sample(f"b{i}", prior.expand([fan_out]).to_event(1))
-            x = F.linear(x if i == 0 else F.relu(x), w, b)
+        values = {name: pyro.param(name, parameter) for name, parameter in self.others.items()}
+        for name, shape in self.shapes.items():
+            values[name] = pyro.sample(name, prior.expand(shape).to_event(len(shape)))
+        logits = functional_call(self.net, values, x)
         with self.plate(x, y):
-            pyro.sample("obs", dist.Categorical(logits=x), obs=y)
+            pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
 
     def step(self) -> float:
         return self.svi.step(self.batch.x, self.batch.y)
 
     def state(self) -> Any:
         optims = [dict(optim.state) for optim in self.svi.optim.optim_objs.values()]
-        return [*self.guide.parameters(), *self.guide.buffers(), optims]
+        parts = [*self.guide.parameters(), *self.guide.buffers(), optims]
+        return [*parts, self.others, *self.net.buffers()]
 
 
 class Sparse(Bayesian):
@@ -206,10 +241,10 @@ class Sparse(Bayesian):
     """
 
     def __init__(
-        self, sizes: list[int], batch: Batch, density: float, elbo: Any, backend: str = "auto"
+        self, net: nn.Module, batch: Batch, density: float, elbo: Any, backend: str = "auto"
     ) -> None:
         self.density = density
-        super().__init__(sizes, batch, elbo)
+        super().__init__(net, batch, elbo)
         kernels.use(backend)
 
     def make_guide(self, **options: Any) -> Any:
@@ -231,23 +266,38 @@ class Sparse(Bayesian):
         return super().step()
 
     def flops(self) -> int:
-        weights = [active for active in self.guide.active_sets.values() if len(active.shape) == 2]
+        places = {}  # of the results of each layer: each uses all its weights once
+
+        def count(name: str, x: Tensor) -> None:
+            places[name] = x.numel() // x.shape[1]
+
+        hooks = [
+            module.register_forward_hook(
+                lambda _m, _x, out, name=name: count(f"{name}.weight", out)
+            )
+            for name, module in self.net.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d)
+        ]
+        self.step()
+        for hook in hooks:
+            hook.remove()
+        active = {name: len(each) for name, each in self.guide.active_sets.items()}
         # Forward, the weights' gradient and the input's; the first layer's input needs none.
-        products = [2 if i == 0 else 3 for i in range(len(weights))]
-        each = [2 * len(active) * len(self.batch.x) for active in weights]
-        return sum(n * flops for n, flops in zip(products, each, strict=True))
+        products = [2, *(3 for _ in places)]
+        each = [2 * active[name] * n for name, n in places.items()]
+        return sum(n * flops for n, flops in zip(products, each, strict=False))
 
     def state(self) -> Any:
         return [super().state(), [vars(active) for active in self.guide.active_sets.values()]]
 
 
-CONTENDERS: dict[str, Callable[[list[int], Batch, float], Contender]] = {
-    "autonormal": lambda sizes, batch, _: Bayesian(sizes, batch, Trace_ELBO()),
-    "autonormal-meanfield": lambda sizes, batch, _: Bayesian(sizes, batch, TraceMeanField_ELBO()),
-    "deterministic": lambda sizes, batch, _: Deterministic(sizes, batch),
-    "ivon": lambda sizes, batch, _: Ivon(sizes, batch),
+CONTENDERS: dict[str, Callable[[nn.Module, Batch, float], Contender]] = {
+    "autonormal": lambda net, batch, _: Bayesian(net, batch, Trace_ELBO()),
+    "autonormal-meanfield": lambda net, batch, _: Bayesian(net, batch, TraceMeanField_ELBO()),
+    "deterministic": lambda net, batch, _: Deterministic(net, batch),
+    "ivon": lambda net, batch, _: Ivon(net, batch),
     "masked": Masked,
-    "ssvi": lambda sizes, batch, density: Sparse(sizes, batch, density, Trace_ELBO()),
+    "ssvi": lambda *args: Sparse(*args, Trace_ELBO()),
     "ssvi-meanfield": lambda *args: Sparse(*args, TraceMeanField_ELBO()),
     "ssvi-torch": lambda *args: Sparse(*args, Trace_ELBO(), backend="torch"),
 }

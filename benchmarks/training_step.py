@@ -6,6 +6,7 @@ round by round::
 
     python benchmarks/training_step.py
     python benchmarks/training_step.py --hidden 1200 --density 0.05 --json step.json
+    python benchmarks/training_step.py --hidden --resnet18 --density 0.05
     python benchmarks/training_step.py --contenders autonormal ssvi --quick
 
 The contenders (see contenders.py) train the network 784-H-H-10 on random images:
@@ -34,6 +35,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 FEATURES, CLASSES = 784, 10
+IMAGE = (3, 32, 32)  # of the residual net
+RESNET18 = "ResNet-18"
+RESNET18_BATCH = 32
 EXCHANGE_EVERY = 100
 DENSE = ("autonormal", "autonormal-meanfield", "deterministic", "ivon", "masked")
 SPARSE = ("ssvi", "ssvi-meanfield", "ssvi-torch")
@@ -90,14 +94,20 @@ def worker(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     pyro.set_rng_seed(0)
     imports = memory("VmRSS")
-    batch = contenders.Batch(args.batch_size, FEATURES, CLASSES)
     make = contenders.CONTENDERS[args.worker]
     # Much is loaded at first use: torch's compiler by Adam, MKL's products, compiled kernels.
-    take_turn(make([FEATURES, CLASSES, CLASSES], batch, 0.1), 1)
+    batch = contenders.Batch(args.batch_size, [FEATURES], CLASSES)
+    take_turn(make(contenders.perceptron([FEATURES, CLASSES, CLASSES]), batch, 0.1), 1)
     small_net = memory("VmRSS")
     pyro.clear_param_store()
 
-    contender = make([FEATURES, *args.hidden, *args.hidden, CLASSES], batch, *args.density)
+    if args.resnet18:
+        net = contenders.resnet18(CLASSES)
+        batch = contenders.Batch(args.batch_size, IMAGE, CLASSES)
+    else:
+        net = contenders.perceptron([FEATURES, *args.hidden, *args.hidden, CLASSES])
+    contender = make(net, batch, *args.density)
+    del net
     for line in sys.stdin:
         command, *numbers = line.split()
         if command == "turn":
@@ -129,11 +139,14 @@ class Entry(NamedTuple):
 class Worker:
     """The process of one contender."""
 
-    def __init__(self, entry: Entry, hidden: int, args: argparse.Namespace) -> None:
+    def __init__(self, entry: Entry, net: int | str, args: argparse.Namespace) -> None:
         self.entry = entry
         density = 0.05 if entry.density is None else entry.density
-        command = [sys.executable, __file__, "--worker", entry.name, "--hidden", str(hidden)]
-        command += ["--density", str(density), "--batch-size", str(args.batch_size)]
+        command = [sys.executable, __file__, "--worker", entry.name, "--density", str(density)]
+        if net == RESNET18:
+            command += ["--resnet18", "--batch-size", str(RESNET18_BATCH)]
+        else:
+            command += ["--hidden", str(net), "--batch-size", str(args.batch_size)]
         if args.threads is not None:
             command += ["--threads", str(args.threads)]
         self.process = subprocess.Popen(
@@ -170,18 +183,21 @@ def compile_kernels(args: argparse.Namespace) -> None:
         first.close()
 
 
-def measure(hidden: int, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rounds in which each contender trains the network in turn; one result for each."""
-    workers = [Worker(entry, hidden, args) for entry in line_up(args)]
+def measure(net: int | str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rounds in which each contender trains the network in turn; one result for each.
+
+    :param net: units in a hidden layer, or :data:`RESNET18`.
+    """
+    workers = [Worker(entry, net, args) for entry in line_up(args)]
     try:
         for each in workers:
-            progress(f"H={hidden}: {each.entry.name} is set up")
+            progress(f"{net}: {each.entry.name} is set up")
             each.ask("turn 1")
         steps = [math.ceil(args.seconds / each.ask("turn 2")["step"]) for each in workers]
         turns: list[list[dict]] = [[] for _ in workers]
         for i in range(args.rounds):
             for each, n, done in zip(workers, steps, turns, strict=True):
-                progress(f"H={hidden}: round {i + 1} of {args.rounds}, {each.entry.name}")
+                progress(f"{net}: round {i + 1} of {args.rounds}, {each.entry.name}")
                 done.append({"steps": n, **each.ask(f"turn {n}")})
         progress("")
         return [
@@ -318,7 +334,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = (*DENSE, *SPARSE)
-    parser.add_argument("--hidden", type=int, nargs="+", help="units in a hidden layer")
+    parser.add_argument("--hidden", type=int, nargs="*", help="units in a hidden layer")
+    parser.add_argument("--resnet18", action="store_true", help="a ResNet-18, too, at batch 32")
     parser.add_argument("--density", type=float, nargs="+", help="of the sparse contenders")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--contenders", nargs="+", choices=names, default=names, metavar="NAME")
@@ -336,7 +353,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0, got {value}")
-    if min(args.hidden) < 1:
+    if min(args.hidden, default=1) < 1:
         parser.error(f"--hidden must be at least 1, got {min(args.hidden)}")
     for density in args.density:
         if not 0 < density <= 1:
@@ -355,15 +372,16 @@ def main(argv: list[str] | None = None) -> None:
         print("ivon is left out: pip install ivon-opt")
     compile_kernels(args)
     nets, threads = [], 0
-    for hidden in args.hidden:
-        results = measure(hidden, args)
+    for net in [*args.hidden, *([RESNET18] if args.resnet18 else [])]:
+        results = measure(net, args)
         add_ratios(results)
         threads = max(each.pop("threads") for each in results)
-        sizes = [FEATURES, hidden, hidden, CLASSES]
-        net = "-".join(map(str, sizes))
-        print(f"\n{net}, batch {args.batch_size}, {threads} threads, {args.rounds} rounds\n")
+        name, batch_size = f"{FEATURES}-{net}-{net}-{CLASSES}", args.batch_size
+        if net == RESNET18:
+            name, batch_size = f"{RESNET18}, 32x32 images", RESNET18_BATCH
+        print(f"\n{name}, batch {batch_size}, {threads} threads, {args.rounds} rounds\n")
         print(table(results), flush=True)
-        nets.append({"sizes": sizes, "results": results})
+        nets.append({"net": name, "batch_size": batch_size, "results": results})
     found = versions()
     print(
         "\nms a step: median over rounds, with one exchange in 100 steps. exch.: extra time of an "
@@ -374,7 +392,6 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{cpu_model()}; " + ", ".join(f"{name} {each}" for name, each in found.items()))
     if args.json:
         settings = {
-            "batch_size": args.batch_size,
             "rounds": args.rounds,
             "seconds": args.seconds,
             "exchange_every": EXCHANGE_EVERY,

@@ -32,7 +32,7 @@ def test_training_step(tmp_path):
     assert report["settings"]["threads"] == 1
     assert report["settings"]["versions"]["torch"]
     (net,) = report["nets"]
-    assert net["sizes"] == [784, 16, 16, 10]
+    assert (net["net"], net["batch_size"]) == ("784-16-16-10", 8)
     rows = {row["name"]: row for row in net["results"]}
     assert list(rows) == names
     for row in rows.values():
