@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Iterable
 from contextvars import ContextVar, Token
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -23,6 +24,47 @@ def recording() -> GradientRecord | None:
     return _CURRENT.get()
 
 
+class Product(NamedTuple):
+    """The gradient ``g @ x.T`` with ``g [rows, b]`` and ``x [groups * cols, b]``."""
+
+    g: Tensor
+    x: Tensor
+    groups: int
+
+    def block(self, start: int, stop: int) -> Tensor:
+        if self.groups == 1:
+            return self.g[start:stop] @ self.x.t()
+        g, x = (factor.unflatten(0, (self.groups, -1)) for factor in (self.g, self.x))
+        return (g @ x.mT).flatten(0, 1)[start:stop]
+
+
+class Rows(NamedTuple):
+    """The gradient with each row of ``g [b, cols]`` at the row that ``place [b]`` names."""
+
+    place: Tensor
+    g: Tensor
+
+    def block(self, start: int, stop: int) -> Tensor:
+        # One row more, for the indices outside of the block.
+        inside = (self.place >= start) & (self.place < stop)
+        place = (self.place - start).where(inside, stop - start)
+        block = self.g.new_zeros(stop - start + 1, self.g.shape[1])
+        return block.index_add_(0, place, self.g)[:-1]
+
+
+class Dense(NamedTuple):
+    """The gradient itself, ``[rows, cols]``."""
+
+    g: Tensor
+
+    def block(self, start: int, stop: int) -> Tensor:
+        return self.g[start:stop]
+
+
+Part = Product | Rows | Dense
+_PARTS: dict[str, type[Part]] = {part.__name__: part for part in (Product, Rows, Dense)}
+
+
 class GradientRecord:
     """Collects the loss's gradient with respect to every coordinate of each sparse value.
 
@@ -36,8 +78,7 @@ class GradientRecord:
     """
 
     def __init__(self) -> None:
-        self._parts: defaultdict[ActiveSet, list[Callable[[int, int], Tensor]]]
-        self._parts = defaultdict(list)
+        self._parts: defaultdict[ActiveSet, list[Part]] = defaultdict(list)
         self._token: Token | None = None
 
     def __enter__(self) -> GradientRecord:
@@ -53,31 +94,16 @@ class GradientRecord:
 
         With several groups, each block of rows meets the block of ``x`` of its own.
         """
-        g, x = g.detach(), x.detach()
-
-        def block(start: int, stop: int) -> Tensor:
-            if groups == 1:
-                return g[start:stop] @ x.t()
-            blocks = g.unflatten(0, (groups, -1)) @ x.unflatten(0, (groups, -1)).mT
-            return blocks.flatten(0, 1)[start:stop]
-
-        self._parts[active].append(block)
+        self._parts[active].append(Product(g.detach(), x.detach(), groups))
 
     def add_rows(self, active: ActiveSet, index: Tensor, g: Tensor) -> None:
         """Add each row of ``g [b, cols]`` to the row of the site that ``index [b]`` names."""
-        index, g = index.detach(), g.detach()
-
-        def block(start: int, stop: int) -> Tensor:
-            # One row more, for the indices outside of the block.
-            place = (index - start).where((index >= start) & (index < stop), stop - start)
-            return g.new_zeros(stop - start + 1, g.shape[1]).index_add_(0, place, g)[:-1]
-
-        self._parts[active].append(block)
+        self._parts[active].append(Rows(index.detach(), g.detach()))
 
     def add_dense(self, active: ActiveSet, grad: Tensor) -> None:
         """Add a gradient ``[*batch, *shape]``, summed over ``batch``."""
         total = grad.detach().reshape(-1, *active.matrix_shape).sum(0)
-        self._parts[active].append(lambda start, stop: total[start:stop])
+        self._parts[active].append(Dense(total))
 
     def __contains__(self, active: ActiveSet) -> bool:
         return active in self._parts
@@ -85,7 +111,15 @@ class GradientRecord:
     def block(self, active: ActiveSet, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of the gradient as a matrix of ``active.matrix_shape``."""
         first, *others = self._parts[active]
-        total = first(start, stop)
+        total = first.block(start, stop)
         for part in others:
-            total = total + part(start, stop)
+            total = total + part.block(start, stop)
         return total
+
+    def parts(self, active: ActiveSet) -> list[list]:
+        """What was added, as plain data for a file: for each part its kind and its fields."""
+        return [[type(part).__name__, *part] for part in self._parts.get(active, [])]
+
+    def add_parts(self, active: ActiveSet, parts: Iterable[list]) -> None:
+        """Add what :meth:`parts` gave."""
+        self._parts[active].extend(_PARTS[kind](*fields) for kind, *fields in parts)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -25,6 +26,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from . import checkpoint
 from .addition import Addition, Gradient, addition_criterion
 from .criteria import removal_criterion
 from .distributions import SparseNormal, SubspaceMessenger, elementwise_base
@@ -178,6 +180,36 @@ class SSVI(SVI):
         if isinstance(self.addition, Gradient):
             self._backward(args, kwargs)
         return self._exchange(self.schedule.share(self.steps) if share is None else share)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that training needs to go on as if it had never stopped, as plain data.
+
+        Parameters and buffers of guide and model, what the parameter store holds, active sets,
+        optimizers and their schedulers, the number of steps, the pending gradient statistics and
+        the state of the random generators. Later steps do not change it.
+        """
+        return checkpoint.state_of(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; the guide need not have seen data.
+
+        Settings of this SSVI stay in force. There is a warning if the schedule is another one.
+
+        :raises ValueError: if the state does not fit; then nothing has changed.
+        """
+        checkpoint.restore(self, state)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write :meth:`state_dict` to a file, which is at every moment the old or the new one."""
+        checkpoint.write(path, self.state_dict())
+
+    def load(self, path: str | os.PathLike, map_location: Any = None) -> None:
+        """Go on from a file that :meth:`save` wrote. No code in it can run.
+
+        :param map_location: as for :func:`torch.load`.
+        :raises ValueError: as :meth:`load_state_dict`, and for a file that is damaged.
+        """
+        checkpoint.restore(self, checkpoint.read(path, map_location), str(path))
 
     @contextmanager
     def _handlers(self) -> Iterator[None]:
