@@ -324,8 +324,8 @@ class _Staged:
                     self.problems.append(f"{kind}: {key!r} is not in it")
                 elif key not in ours:
                     self.problems.append(
-                        f"{kind}: {key!r} is not here; if a first call makes it, call "
-                        f"{kind}(*args, **kwargs) before you load"
+                        f"{kind}: {key!r} is not here: make it before you load, by a first call "
+                        f"of the guide or by svi.model.add_module(), as when it was saved"
                     )
                 elif isinstance(ours[key], Tensor):
                     self._compare(f"{kind}: {key!r}", theirs[key], ours[key])

@@ -368,7 +368,8 @@ def test_state_dict_carries_the_active_sets():
     guide(x, y)
     randomise(guide)
     state, medians = copy.deepcopy(guide.state_dict()), guide.median()
-    assert set(state) == {"loc_unconstrained", "scale_unconstrained", "indices"}
+    tensors = {"loc_unconstrained", "scale_unconstrained", "indices"}
+    assert set(state) == {*tensors, "_extra_state"}
     pyro.clear_param_store()
     other = AutoSparseNormal(bnn, density=0.25)
     other(x, y)

@@ -1,8 +1,9 @@
 """Trainings that test_checkpoint.py stops and resumes, here or in another process."""
 
 import hashlib
+import os
+import signal
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -166,7 +167,7 @@ def fingerprint(state):
     def add(value):
         if isinstance(value, torch.Tensor):
             add([str(value.dtype), list(value.shape)])
-            digest.update(value.contiguous().numpy().tobytes())
+            digest.update(value.detach().contiguous().numpy().tobytes())
         elif isinstance(value, dict):
             for key in sorted(value, key=repr):
                 add([key, value[key]])
@@ -192,18 +193,28 @@ def resume(folder):
             print(case, path.stem, fingerprint(svi.state_dict()), sep="|", flush=True)
 
 
-def train_until_killed(path, started):
-    """Train and save after every step, for ever."""
-    torch.set_num_threads(1)
-    svi = make()
-    if Path(path).exists():
-        svi.load(path)
-    started.set()
-    train(svi, 10**9, after=lambda: svi.save(path))
+def train_until_killed(path):
+    """Train and save after every step, without end."""
+    signal.alarm(60)  # should nobody come
+    with fresh("Adam", seed=1):
+        svi = make()
+        if Path(path).exists():
+            svi.load(path)
+        train(svi, 10**9, after=lambda: svi.save(path))
+
+
+def serve(path):
+    """For each line read, start a training; print its process, and how it ended."""
+    with fresh("Adam", seed=0):
+        train(make(), 1)  # compiles what all of them need
+    for _ in sys.stdin:
+        process = os.fork()
+        if not process:
+            train_until_killed(path)
+        print(process, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    start = time.perf_counter()
-    resume(sys.argv[1])
-    print(f"resumed in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    {"resume": resume, "serve": serve}[sys.argv[1]](sys.argv[2])
