@@ -14,19 +14,21 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
 from pyro.distributions import constraints as pyro_constraints
+from pyro.infer.autoguide import AutoGuide
 from pyro.optim.optim import _get_state_dict, _load_state_dict, is_scheduler
 from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
 from .gradient_record import GradientRecord
-from .random_state import check_random_state, random_state, set_random_state
+from .random_state import check_random_state, leaving_no_trace, random_state, set_random_state
 
 __all__ = ["VERSION", "read", "restore", "state_of", "write"]
 
@@ -269,9 +271,19 @@ def restore(svi: Any, state: Mapping[str, Any], source: str = "the state") -> No
     if missing:
         raise ValueError(f"{source} is not what SSVI.state_dict() gives: it has no {missing}")
     _check_version(state["version"], source)
-    staged = _Staged(svi, state)
+    try:
+        staged = _Staged(svi, state)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{source} is damaged: {error!r}") from error
     if staged.problems:
         raise ValueError(f"{source} does not fit this SSVI:\n  " + "\n  ".join(staged.problems))
+    was, has = state["schedule"], _schedule_state(svi.schedule)
+    if was != has:
+        warnings.warn(
+            f"saved with the schedule {_described(was)}; training goes on with this SSVI's own, "
+            f"{_described(has)}",
+            stacklevel=3,
+        )
     staged.commit()
 
 
@@ -294,10 +306,7 @@ class _Staged:
             self._stage_store()
         if not self.problems:
             self._stage_optimizers()
-        try:
-            check_random_state(state["random"])
-        except Exception as error:
-            self.problems.append(f"its random state is damaged: {error}")
+            self._check_rest()
 
     def _stage_guides(self) -> None:
         saved = self.state["guide"]
@@ -389,6 +398,19 @@ class _Staged:
             names.clear()
             names.update(before)
 
+    def _check_rest(self) -> None:
+        steps = self.state["steps"]
+        if type(steps) is not int or steps < 0:
+            self.problems.append(f"expected a number of steps, got {steps!r}")
+        known = {(prefix, site.name) for prefix, sites in self.sites.items() for site in sites}
+        for entry in self.state["record"]:
+            if (entry["guide"], entry["site"]) not in known:
+                self.problems.append(f"it has a gradient of an unknown site {entry['site']!r}")
+        try:
+            check_random_state(self.state["random"])
+        except Exception as error:
+            self.problems.append(f"its random state is damaged: {error}")
+
     def commit(self) -> None:
         """Change everything."""
         svi, state = self.svi, self.state
@@ -403,6 +425,10 @@ class _Staged:
         for kind, module in (("guide", svi.guide), ("model", svi.model)):
             if isinstance(module, nn.Module):
                 module.load_state_dict(state[kind])
+        if any(self.sites.values()):
+            for part in svi.guide.modules():
+                if isinstance(part, AutoGuide) and part.prototype_trace is None:
+                    part._setup_prototype = partial(_unseen_setup, part)
         with torch.no_grad():
             for ours, value in self.copies:
                 ours.copy_(value)
@@ -417,13 +443,6 @@ class _Staged:
         if hasattr(_elbo(svi), "max_plate_nesting"):
             _elbo(svi).max_plate_nesting = state["elbo"]["max_plate_nesting"]
         set_random_state(state["random"])
-        was, has = state["schedule"], _schedule_state(svi.schedule)
-        if was != has:
-            warnings.warn(
-                f"saved with the schedule {_described(was)}; training goes on with this SSVI's "
-                f"own, {_described(has)}",
-                stacklevel=4,
-            )
 
     def _commit_store(self) -> None:
         store = pyro.get_param_store()
@@ -441,6 +460,13 @@ class _Staged:
         for key, saved in self.state["optim"].items():
             parameter = self.parameters[key]
             parameter.grad = torch.zeros_like(parameter) if saved["grad"] else None
+
+
+def _unseen_setup(guide: AutoGuide, *args: Any, **kwargs: Any) -> None:
+    """Have an autoguide see its model as if it had done so before the file was saved."""
+    with leaving_no_trace():
+        type(guide)._setup_prototype(guide, *args, **kwargs)
+    del guide._setup_prototype
 
 
 def _described(schedule: Mapping[str, Any]) -> str:

@@ -1,14 +1,18 @@
-"""The state of every global random generator that a model may draw from."""
+"""The state of every global random generator, and runs of a model that do not change it."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
-__all__ = ["check_random_state", "random_state", "set_random_state"]
+__all__ = ["check_random_state", "leaving_no_trace", "random_state", "set_random_state"]
 
 
 def random_state() -> dict[str, Any]:
@@ -47,3 +51,28 @@ def _numpy(state: dict[str, Any]) -> tuple:
 def _python(state: dict[str, Any]) -> tuple:
     version, internal, gauss = state["python"]
     return (version, tuple(internal), gauss)
+
+
+@contextmanager
+def leaving_no_trace() -> Iterator[None]:
+    """Run a model as if it had not run: random generators and modules' buffers are put back."""
+    state = random_state()
+    kept: dict[nn.Module, dict[str, tuple[Tensor, Tensor]]] = {}
+
+    def keep(module: nn.Module, args: Any) -> None:
+        # Any module that is called: one in the closure of a function cannot be found beforehand.
+        for part in module.modules():
+            if part not in kept:
+                buffers = part.named_buffers(recurse=False)
+                kept[part] = {name: (buffer, buffer.clone()) for name, buffer in buffers}
+
+    hook = register_module_forward_pre_hook(keep)
+    try:
+        yield
+    finally:
+        hook.remove()
+        set_random_state(state)
+        with torch.no_grad():
+            for part, buffers in kept.items():
+                for name, (buffer, value) in buffers.items():
+                    part._buffers[name] = buffer.copy_(value)

@@ -209,7 +209,7 @@ class SSVI(SVI):
         :param map_location: as for :func:`torch.load`.
         :raises ValueError: as :meth:`load_state_dict`, and for a file that is damaged.
         """
-        checkpoint.restore(self, checkpoint.read(path, map_location), str(path))
+        checkpoint.restore(self, checkpoint.read(path, map_location), source=str(path))
 
     @contextmanager
     def _handlers(self) -> Iterator[None]:

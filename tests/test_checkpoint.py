@@ -16,7 +16,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Predictive, Trace_ELBO
-from pyro.infer.autoguide import AutoGuideList, AutoNormal
+from pyro.infer.autoguide import AutoNormal
 from torch import nn
 from torch.distributions import transform_to
 from training_to_resume import (
@@ -28,6 +28,7 @@ from training_to_resume import (
     bnn,
     fingerprint,
     fresh,
+    guide_list,
     hidden_net,
     make,
     scheduled,
@@ -348,11 +349,16 @@ def test_shape_of_a_parameter(path):
     refuses(make(), path, r"'slope': saved as \(10,\) torch.float32, here it is \(7,\)")
 
 
-def test_stale_parameter_store(path):
+@pytest.mark.parametrize("local", [False, True], ids=["", "saved with local parameters"])
+def test_stale_parameter_store(path, local):
+    if local:
+        pyro.clear_param_store()
+        state = {**checkpoint.read(path), "store": {}, "optim": {}}
+        checkpoint.write(path, state)
     trained()
     svi = make()  # and its guide would find the other guide's values in the store
     before = fingerprint(dict(pyro.get_param_store().items()))
-    with pytest.raises(ValueError, match=r"another 'AutoSparseNormal.loc': .*clear_param_store"):
+    with pytest.raises(ValueError, match=r"already holds 'AutoSparseNormal.loc'.*clear_"):
         svi.load(path)
     assert fingerprint(dict(pyro.get_param_store().items())) == before
     assert not svi.guide._sites
@@ -374,6 +380,17 @@ def test_damaged_state():
     with pytest.raises(ValueError, match="random state is damaged"):
         svi.load_state_dict({**state, "random": {**state["random"], "torch": torch.zeros(3)}})
     optim = {key: {**saved, "state": {}} for key, saved in state["optim"].items()}
+    before = fingerprint(svi.state_dict())
+    for key, value, match in (
+        ("steps", "6", "expected a number of steps, got '6'"),
+        ("record", [{"guide": "", "site": "w7", "parts": []}], "unknown site 'w7'"),
+        ("record", [{}], "damaged: KeyError"),
+        ("optim", {"guide.loc_unconstrained": None}, "optimizer's state cannot be loaded"),
+        ("store", {"shift": None}, "damaged: TypeError"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            svi.load_state_dict({**state, key: value})
+        assert fingerprint(svi.state_dict()) == before
     with pytest.raises(ValueError, match="optimizer's state cannot be loaded"):
         svi.load_state_dict({**state, "optim": optim})
 
@@ -383,6 +400,10 @@ def test_another_schedule_is_reported_and_stays(path):
     guide = AutoSparseNormal(bnn, density=0.3)
     schedule = CosineSchedule(every=4)
     svi = SSVI(bnn, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO(), schedule=schedule)
+    with warnings.catch_warnings(), pytest.raises(UserWarning):
+        warnings.simplefilter("error")  # an error changes nothing, this one neither
+        svi.load(path)
+    assert not svi.guide._sites
     with pytest.warns(UserWarning, match=r"ConstantSchedule\(every=4, .*CosineSchedule") as caught:
         svi.load(path)
     assert caught[0].filename == __file__
@@ -608,16 +629,11 @@ def test_module_out_of_reach():
 
 
 def test_part_that_has_not_seen_data():
-    with fresh("list of guides", 0):
-        svi = CASES["list of guides"]()
-        state = svi.state_dict()
-        pyro.clear_param_store()
-        guide = AutoGuideList(bnn)
-        guide.append(AutoSparseNormal(pyro.poutine.block(bnn, hide=["noise"]), density=0.3))
-        guide.append(AutoNormal(pyro.poutine.block(bnn, expose=["noise"])))
-        svi = SSVI(bnn, guide, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO())
-        with pytest.raises(ValueError, match=r"noise_unconstrained' is not here.*first call"):
-            svi.load_state_dict(state)
+    state = CASES["with an AutoNormal"]().state_dict()
+    pyro.clear_param_store()
+    svi = guide_list(AutoNormal)
+    with pytest.raises(ValueError, match=r"noise_unconstrained' is not here.*first call"):
+        svi.load_state_dict(state)
 
 
 def test_what_a_file_cannot_hold_is_named():

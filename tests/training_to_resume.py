@@ -110,14 +110,24 @@ def by_name(name):
     return {"lr": 0.02 if name.startswith("Auto") else 0.01}
 
 
-def guide_list():
-    model = bnn
-    guide = AutoGuideList(model)
-    # A part that is not ours makes its parameters at its first call only.
-    guide.append(AutoSparseNormal(pyro.poutine.block(model, hide=["noise"]), density=0.3))
-    guide.append(AutoNormal(pyro.poutine.block(model, expose=["noise"])))
-    svi = SSVI(model, guide, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO())
-    guide(X, Y)
+def guide_list(second=AutoSparseNormal):
+    guide = AutoGuideList(bnn)
+    guide.append(AutoSparseNormal(pyro.poutine.block(bnn, hide=["noise"]), density=0.3))
+    guide.append(second(pyro.poutine.block(bnn, expose=["noise"])))
+    optim = pyro.optim.Adam({"lr": 0.02})
+    return SSVI(
+        bnn,
+        guide,
+        optim,
+        Trace_ELBO(),
+        schedule=ConstantSchedule(every=4),
+        addition=Gradient(batches=3),
+    )
+
+
+def with_autonormal():
+    svi = guide_list(AutoNormal)
+    svi.guide(X, Y)  # an AutoNormal makes its parameters at its first call only
     return svi
 
 
@@ -139,6 +149,7 @@ CASES = {
     ),
     "local reparameterisation": lambda: make(loss=TraceMeanField_ELBO(), local_reparam=True),
     "list of guides": guide_list,
+    "with an AutoNormal": with_autonormal,
 }
 
 

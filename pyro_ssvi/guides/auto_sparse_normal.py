@@ -22,12 +22,12 @@ from torch.distributions import biject_to, transform_to
 from ..active_set import ActiveSet
 from ..distributions import SparseNormal, is_elementwise_real
 from ..exchange import Move, carry
+from ..random_state import leaving_no_trace
 from ..sparse_tensor import SparseTensor
 from .prototype import Density, SparseInitMessenger, check_density
 from .site_table import (
     Site,
     density_differences,
-    leaving_no_trace,
     read_table,
     table,
     table_differences,
@@ -171,7 +171,7 @@ class AutoSparseNormal(AutoGuide):
             raise ValueError(
                 f"the parameter store already holds {name!r}, of another guide whose active sets "
                 "it does not know. Call pyro.clear_param_store() before you make a new guide; to "
-                "take up training again use guide.load_state_dict(...)"
+                "take up training again use svi.load(path) or guide.load_state_dict(...)"
             )
 
     def _require_setup(self) -> None:
@@ -194,8 +194,6 @@ class AutoSparseNormal(AutoGuide):
         errors = lists[-1]
         try:
             sites = self.saved_sites(state_dict, prefix)
-            if not pyro.settings.get("module_local_params"):
-                self._refuse_stale_store()
         except ValueError as error:
             errors.append(str(error))
             return
@@ -224,6 +222,8 @@ class AutoSparseNormal(AutoGuide):
                 differences.append(f"loc: saved as {dtype}, this guide's is {self.loc.dtype}")
         if differences:
             raise ValueError("it does not fit this guide: " + "; ".join(differences))
+        if not pyro.settings.get("module_local_params"):
+            self._refuse_stale_store()
         return sites
 
     def take_sites(

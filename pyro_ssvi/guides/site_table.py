@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch import Tensor
 
 from ..active_set import ActiveSet
-from ..random_state import random_state, set_random_state
 
-__all__ = ["NEEDS_MODEL", "Site", "leaving_no_trace", "read_table", "table", "table_differences"]
+__all__ = ["NEEDS_MODEL", "Site", "read_table", "table", "table_differences"]
 
 VERSION = 1
 _TENSORS = ("loc_unconstrained", "scale_unconstrained", "indices")
@@ -160,28 +157,3 @@ def density_differences(
                 f"this guide has {k}"
             )
     return lines
-
-
-@contextmanager
-def leaving_no_trace() -> Iterator[None]:
-    """Run a model as if it had not run: random generators and modules' buffers are put back."""
-    state = random_state()
-    kept: dict[nn.Module, dict[str, tuple[Tensor, Tensor]]] = {}
-
-    def keep(module: nn.Module, args: Any) -> None:
-        # Any module that is called: one in the closure of a function cannot be found beforehand.
-        for part in module.modules():
-            if part not in kept:
-                buffers = part.named_buffers(recurse=False)
-                kept[part] = {name: (buffer, buffer.clone()) for name, buffer in buffers}
-
-    hook = register_module_forward_pre_hook(keep)
-    try:
-        yield
-    finally:
-        hook.remove()
-        set_random_state(state)
-        with torch.no_grad():
-            for part, buffers in kept.items():
-                for name, (buffer, value) in buffers.items():
-                    part._buffers[name] = buffer.copy_(value)
