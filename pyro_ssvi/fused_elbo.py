@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pyro import distributions as dist
 from pyro.distributions.util import scale_and_mask
-from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch.distributions import kl_divergence
 
 from .distributions import SubspacePrior, elementwise_base, is_elementwise_real, single_number
 from .guides import AutoSparseNormal
-from .guides.auto_sparse_normal import Site
+from .guides.site_table import Site
 from .sparse_tensor import SparseTensor
 
 __all__ = ["FusedELBO", "NotFusedError"]
@@ -37,27 +37,30 @@ class FusedELBO:
     Nothing is validated: take the first step with Pyro's.
 
     :param loss: the ELBO to stand in for.
-    :param guide: a guide that has seen data.
+    :param guide: the guide.
+    :param args: of the model, as are ``kwargs``: for a guide that is loaded from a file and has
+        not seen the model yet.
+    :raises NotFusedError: if it is another loss, or another guide.
     """
 
-    def __init__(self, loss: ELBO, guide: AutoSparseNormal) -> None:
-        self.guide = guide
-        self.closed_form = isinstance(loss, TraceMeanField_ELBO)
-        self._sizes: dict[tuple[int, ...], Tensor] = {}
-
-    @classmethod
-    def of(cls, loss: Any, guide: Any) -> FusedELBO | None:
-        """What stands in for a loss with a guide, or None if nothing can."""
+    def __init__(self, loss: Any, guide: Any, *args: Any, **kwargs: Any) -> None:
         served = (
             type(guide) is AutoSparseNormal
             and type(loss) in (Trace_ELBO, TraceMeanField_ELBO)
             and loss.num_particles == 1
             and not loss.retain_graph
             and not (guide._forward_hooks or guide._forward_pre_hooks)
-            and len({site.dtype for site in guide.sites}) == 1
-            and not any(f.full_size not in (None, f.size) for s in guide.sites for f in s.frames)
         )
-        return cls(loss, guide) if served else None
+        if not served:
+            raise NotFusedError
+        guide.set_up(*args, **kwargs)
+        frames = [frame for site in guide.sites for frame in site.frames]
+        subsampled = any(frame.full_size not in (None, frame.size) for frame in frames)
+        if subsampled or len({site.dtype for site in guide.sites}) > 1:
+            raise NotFusedError
+        self.guide = guide
+        self.closed_form = isinstance(loss, TraceMeanField_ELBO)
+        self._sizes: dict[tuple[int, ...], Tensor] = {}
 
     def __call__(
         self,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Iterable
 from contextvars import ContextVar, Token
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,67 @@ def recording() -> GradientRecord | None:
     return _CURRENT.get()
 
 
+class Product(NamedTuple):
+    """The gradient ``g @ x.T`` with ``g [rows, b]`` and ``x [cols, b]``."""
+
+    g: Tensor
+    x: Tensor
+
+    def block(self, start: int, stop: int) -> Tensor:
+        return self.g[start:stop] @ self.x.t()
+
+
+class Convolution(NamedTuple):
+    """The gradient of a kernel, with ``g [b, n, out_h, out_w]`` and ``x [b, c, h, w]``."""
+
+    g: Tensor
+    x: Tensor
+    patches: tuple  # the fields of Patches
+    groups: int
+
+    def block(self, start: int, stop: int) -> Tensor:
+        # The output channels of the block, in as many groups as they come from.
+        per_group = self.g.shape[1] // self.groups
+        parts = []
+        while start < stop:
+            group = start // per_group
+            end = min(stop, (group + 1) * per_group)
+            images = self.x.chunk(self.groups, 1)[group]
+            gradient = Patches(*self.patches).kernel_gradient(images, self.g[:, start:end])
+            parts.append(gradient.flatten(1))
+            start = end
+        return torch.cat(parts)
+
+
+class Rows(NamedTuple):
+    """The gradient with each row of ``g [b, cols]`` at the row that ``place [b]`` names."""
+
+    place: Tensor
+    g: Tensor
+
+    def block(self, start: int, stop: int) -> Tensor:
+        # One row more, for the indices outside of the block.
+        inside = (self.place >= start) & (self.place < stop)
+        place = (self.place - start).where(inside, stop - start)
+        block = self.g.new_zeros(stop - start + 1, self.g.shape[1])
+        return block.index_add_(0, place, self.g)[:-1]
+
+
+class Dense(NamedTuple):
+    """The gradient itself, ``[rows, cols]``."""
+
+    g: Tensor
+
+    def block(self, start: int, stop: int) -> Tensor:
+        return self.g[start:stop]
+
+
+Part = Product | Convolution | Rows | Dense
+_PARTS: dict[str, type[Part]] = {
+    part.__name__: part for part in (Product, Convolution, Rows, Dense)
+}
+
+
 class GradientRecord:
     """Collects the loss's gradient with respect to every coordinate of each sparse value.
 
@@ -38,8 +100,7 @@ class GradientRecord:
     """
 
     def __init__(self) -> None:
-        self._parts: defaultdict[ActiveSet, list[Callable[[int, int], Tensor]]]
-        self._parts = defaultdict(list)
+        self._parts: defaultdict[ActiveSet, list[Part]] = defaultdict(list)
         self._token: Token | None = None
 
     def __enter__(self) -> GradientRecord:
@@ -52,8 +113,7 @@ class GradientRecord:
 
     def add_product(self, active: ActiveSet, g: Tensor, x: Tensor) -> None:
         """Add ``g @ x.T`` with ``g [rows, b]`` and ``x [cols, b]``."""
-        g, x = g.detach(), x.detach()
-        self._parts[active].append(lambda start, stop: g[start:stop] @ x.t())
+        self._parts[active].append(Product(g.detach(), x.detach()))
 
     def add_convolution(
         self, active: ActiveSet, g: Tensor, x: Tensor, patches: Patches, groups: int
@@ -63,37 +123,16 @@ class GradientRecord:
         :param g: ``[b, n, out_h, out_w]``.
         :param x: ``[b, c, h, w]``.
         """
-        g, x = g.detach(), x.detach()
-
-        def block(start: int, stop: int) -> Tensor:
-            # The output channels of the block, in as many groups as they come from.
-            per_group = active.shape[0] // groups
-            parts = []
-            while start < stop:
-                group = start // per_group
-                end = min(stop, (group + 1) * per_group)
-                images = x.chunk(groups, 1)[group]
-                parts.append(patches.kernel_gradient(images, g[:, start:end]).flatten(1))
-                start = end
-            return torch.cat(parts)
-
-        self._parts[active].append(block)
+        self._parts[active].append(Convolution(g.detach(), x.detach(), tuple(patches), groups))
 
     def add_rows(self, active: ActiveSet, index: Tensor, g: Tensor) -> None:
         """Add each row of ``g [b, cols]`` to the row of the site that ``index [b]`` names."""
-        index, g = index.detach(), g.detach()
-
-        def block(start: int, stop: int) -> Tensor:
-            # One row more, for the indices outside of the block.
-            place = (index - start).where((index >= start) & (index < stop), stop - start)
-            return g.new_zeros(stop - start + 1, g.shape[1]).index_add_(0, place, g)[:-1]
-
-        self._parts[active].append(block)
+        self._parts[active].append(Rows(index.detach(), g.detach()))
 
     def add_dense(self, active: ActiveSet, grad: Tensor) -> None:
         """Add a gradient ``[*batch, *shape]``, summed over ``batch``."""
         total = grad.detach().reshape(-1, *active.matrix_shape).sum(0)
-        self._parts[active].append(lambda start, stop: total[start:stop])
+        self._parts[active].append(Dense(total))
 
     def __contains__(self, active: ActiveSet) -> bool:
         return active in self._parts
@@ -101,7 +140,15 @@ class GradientRecord:
     def block(self, active: ActiveSet, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of the gradient as a matrix of ``active.matrix_shape``."""
         first, *others = self._parts[active]
-        total = first(start, stop)
+        total = first.block(start, stop)
         for part in others:
-            total = total + part(start, stop)
+            total = total + part.block(start, stop)
         return total
+
+    def parts(self, active: ActiveSet) -> list[list]:
+        """What was added, as plain data for a file: for each part its kind and its fields."""
+        return [[type(part).__name__, *part] for part in self._parts.get(active, [])]
+
+    def add_parts(self, active: ActiveSet, parts: Iterable[list]) -> None:
+        """Add what :meth:`parts` gave."""
+        self._parts[active].extend(_PARTS[kind](*fields) for kind, *fields in parts)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -26,6 +27,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from . import checkpoint
 from .addition import Addition, Gradient, addition_criterion
 from .criteria import removal_criterion
 from .distributions import SparseNormal, SubspaceMessenger, elementwise_base
@@ -161,7 +163,8 @@ class SSVI(SVI):
         self._elbo_loss_and_grads = loss.loss_and_grads
         self.loss_and_grads: Callable = self._loss_and_grads
         self._fused: FusedELBO | None = None
-        self._is_validated = False
+        # Not before Pyro's own ELBO has looked at every site, in the first step.
+        self._may_fuse: bool | None = None
 
     @property
     def guides(self) -> list[AutoSparseNormal]:
@@ -203,20 +206,20 @@ class SSVI(SVI):
         weight = self._kl_weight()
         # Handlers of others cannot be passed over: that on the stack is the step's own.
         alone = guide is self.guide and len(runtime._PYRO_STACK) == 1
-        if self._fused is not None and alone:
+        if self._may_fuse and alone:
             try:
+                if self._fused is None:
+                    self._fused = FusedELBO(self._elbo, guide, *args, **kwargs)
                 loss = self._fused(self.model.model, args, kwargs, weight, self.local_reparam)
             except NotFusedError:
-                self._fused = None
+                self._may_fuse, self._fused = False, None
             else:
                 loss.backward()
                 return loss.item()
         with self._handlers(weight, self.local_reparam and guide is self.guide):
             result = self._elbo_loss_and_grads(model, guide, *args, **kwargs)
-        if not self._is_validated and guide is self.guide:
-            # Pyro's own has looked at every site; from now on there is a shorter way.
-            self._is_validated = True
-            self._fused = FusedELBO.of(self._elbo, guide)
+        if self._may_fuse is None and guide is self.guide:
+            self._may_fuse = True
         return result
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
@@ -244,6 +247,36 @@ class SSVI(SVI):
         if callable(self.kl_weight):
             return _check_weight(self.kl_weight(self.steps))
         return self.kl_weight
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that training needs to go on as if it had never stopped, as plain data.
+
+        Parameters and buffers of guide and model, what the parameter store holds, active sets,
+        optimizers and their schedulers, the number of steps, the pending gradient statistics and
+        the state of the random generators. Later steps do not change it.
+        """
+        return checkpoint.state_of(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; the guide need not have seen data.
+
+        Settings of this SSVI stay in force. There is a warning if the schedule is another one.
+
+        :raises ValueError: if the state does not fit; then nothing has changed.
+        """
+        checkpoint.restore(self, state)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write :meth:`state_dict` to a file, which is at every moment the old or the new one."""
+        checkpoint.write(path, self.state_dict())
+
+    def load(self, path: str | os.PathLike, map_location: Any = None) -> None:
+        """Go on from a file that :meth:`save` wrote. No code in it can run.
+
+        :param map_location: as for :func:`torch.load`.
+        :raises ValueError: as :meth:`load_state_dict`, and for a file that is damaged.
+        """
+        checkpoint.restore(self, checkpoint.read(path, map_location), source=str(path))
 
     @contextmanager
     def _handlers(self, weight: float, local_reparam: bool) -> Iterator[None]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import pyro
@@ -24,28 +22,19 @@ from torch.distributions import biject_to, transform_to
 from ..active_set import ActiveSet
 from ..distributions import SparseNormal, is_elementwise_real
 from ..exchange import Move, carry
+from ..random_state import leaving_no_trace
 from ..sparse_tensor import SparseTensor
 from .prototype import Density, SparseInitMessenger, check_density
+from .site_table import (
+    Site,
+    density_differences,
+    read_table,
+    table,
+    table_differences,
+)
 from .summary import Summary
 
-__all__ = ["AutoSparseNormal", "Site"]
-
-
-@dataclass
-class Site:
-    """Where a latent site lies in the flat parameters, and how its value is made from them."""
-
-    name: str
-    shape: torch.Size  # of the unconstrained value, before any subsampling
-    dtype: torch.dtype
-    event_dim: int  # of the unconstrained value
-    k: int
-    frames: list
-    transform: Any  # None for a real-valued site
-
-    @property
-    def is_sparse(self) -> bool:
-        return self.k < math.prod(self.shape)
+__all__ = ["AutoSparseNormal"]
 
 
 class AutoSparseNormal(AutoGuide):
@@ -104,11 +93,21 @@ class AutoSparseNormal(AutoGuide):
         super().__init__(
             SparseInitMessenger(init_loc_fn, density)(model), create_plates=create_plates
         )
+        #: Known from the first call on, or from load_state_dict().
+        self.sites: list[Site] = []
+        self._made_from: tuple[Tensor | None, int] = (None, 0)
+
+    def set_up(self, *args: Any, **kwargs: Any) -> None:
+        """Run the model once, if the guide has not seen it."""
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         try:
-            super()._setup_prototype(*args, **kwargs)
-            self._setup_parameters()
+            # A loaded guide goes on where it was saved, as if it had always known the model.
+            with leaving_no_trace() if self.sites else nullcontext():
+                super()._setup_prototype(*args, **kwargs)
+                self._setup_parameters()
         except BaseException:
             self.prototype_trace = None  # or the next call would take the set-up for done
             raise
@@ -135,13 +134,18 @@ class AutoSparseNormal(AutoGuide):
         if len(devices) > 1:
             raise ValueError(f"latent sites must be on one device, got (device: site) {devices}")
         self._refuse_stale_store()
+        if self.sites:
+            differences = table_differences(self.sites, sites, "the model")
+            if differences:
+                raise ValueError("the loaded state is of another model: " + "; ".join(differences))
+            self.sites = sites
+            return
         loc = torch.cat(locs)
         self.sites = sites
         self.loc = PyroParam(loc, constraints.real)
         self.scale = PyroParam(torch.full_like(loc, self._init_scale), self.scale_constraint)
         flat = torch.cat(indices) if indices else loc.new_empty(0, dtype=torch.int64)
         self.register_buffer("indices", flat)
-        self._made_from: tuple[Tensor | None, int] = (None, 0)
 
     def _setup_site(self, name: str, node: Any) -> tuple[Site, Tensor]:
         fn, value = node["fn"], node["value"]
@@ -167,13 +171,14 @@ class AutoSparseNormal(AutoGuide):
 
     def _refuse_stale_store(self) -> None:
         name = f"{self._pyro_name}.loc" if self._pyro_name else "loc"
-        if name in pyro.get_param_store():
+        held = dict(pyro.get_param_store().named_parameters()).get(name)
+        if held is not None and held is not self._parameters.get("loc_unconstrained"):
             raise ValueError(
                 f"the parameter store holds {name!r} of another guide, or of another time, and "
                 "cannot say which coordinates its values belong to. Call "
                 "pyro.clear_param_store() before you make or copy a guide, or keep parameters in "
                 "their modules with pyro.settings.set(module_local_params=True); to take up "
-                "training again use guide.load_state_dict(...)"
+                "training again use svi.load(path) or guide.load_state_dict(...)"
             )
 
     def __getstate__(self) -> dict:
@@ -181,11 +186,75 @@ class AutoSparseNormal(AutoGuide):
         return {**self.__dict__, "_made_from": (None, 0)}
 
     def _require_setup(self) -> None:
-        if self.prototype_trace is None:
+        if not self.sites:
             raise RuntimeError(
                 f"{type(self).__name__} has no parameters before it has seen data: call "
                 "guide(*args, **kwargs) once with the model's arguments, or take a step"
             )
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The table of sites that :meth:`state_dict` carries along."""
+        return table(self.sites)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing: the table is checked, and taken, before any tensor is loaded."""
+
+    def _load_from_state_dict(
+        self, state_dict: dict, prefix: str, metadata: Any, strict: bool, *lists: list
+    ) -> None:
+        errors = lists[-1]
+        try:
+            sites = self.saved_sites(state_dict, prefix)
+        except ValueError as error:
+            errors.append(str(error))
+            return
+        if sites and not self.sites:
+            loc, raw, indices = (
+                torch.empty_like(state_dict[prefix + name])
+                for name in ("loc_unconstrained", "scale_unconstrained", "indices")
+            )
+            self.take_sites(sites, torch.nn.Parameter(loc), torch.nn.Parameter(raw), indices)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
+
+    def saved_sites(self, state_dict: Mapping[str, Any], prefix: str = "") -> list[Site]:
+        """The sites in a state dict, once it is known that they can be loaded into this guide.
+
+        :raises ValueError: if they cannot, with the difference.
+        """
+        sites = read_table(state_dict, prefix)
+        if not self.sites:
+            differences = density_differences(sites, self.density)
+        elif not sites:
+            differences = ["it was saved before the guide had seen data"]
+        else:
+            differences = table_differences(sites, self.sites, "this guide")
+            dtype = state_dict[prefix + "loc_unconstrained"].dtype
+            if dtype != self.loc.dtype:
+                differences.append(f"loc: saved as {dtype}, this guide's is {self.loc.dtype}")
+        if differences:
+            raise ValueError("it does not fit this guide: " + "; ".join(differences))
+        if not pyro.settings.get("module_local_params"):
+            self._refuse_stale_store()
+        return sites
+
+    def take_sites(
+        self,
+        sites: list[Site],
+        loc: torch.nn.Parameter,
+        raw_scale: torch.nn.Parameter,
+        indices: Tensor,
+    ) -> None:
+        """Set up what the first call sets up otherwise, but for what only the model knows.
+
+        :param loc: all sites' active coordinates, ``[K]``.
+        :param raw_scale: unconstrained, ``[K]``.
+        :param indices: of all sparse sites.
+        """
+        self._pyro_params["loc"] = constraints.real, None
+        self._pyro_params["scale"] = self.scale_constraint, None
+        self.loc_unconstrained, self.scale_unconstrained = loc, raw_scale
+        self.register_buffer("indices", indices)
+        self.sites = sites
 
     @property
     def active_sets(self) -> dict[str, ActiveSet]:
@@ -219,8 +288,7 @@ class AutoSparseNormal(AutoGuide):
 
         :return: a value for each latent site: a :class:`~pyro_ssvi.SparseTensor` or a tensor.
         """
-        if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
+        self.set_up(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
         flat = self.flat_parameters()
         if is_validation_enabled():
@@ -238,7 +306,7 @@ class AutoSparseNormal(AutoGuide):
 
         :raises ValueError: if the parameter store holds those of another guide.
         """
-        own = self.parameters_in_place()
+        own: Any = self.parameters_in_place()
         flat = self.loc, self.scale
         if any(a is not b for a, b in zip(self.parameters_in_place(), own, strict=True)):
             # PyroModule took what the store holds. Take it back, or the next call would do so.

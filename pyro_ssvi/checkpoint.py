@@ -1,0 +1,478 @@
+"""Checkpoints: all that training needs to go on, bit for bit, as if it had never stopped.
+
+A file is one line (name, version, checksum), then what ``torch.save`` makes of plain containers,
+numbers, strings and tensors. It is read with ``weights_only=True``: no code in it can run.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import math
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro.distributions import constraints as pyro_constraints
+from pyro.infer.autoguide import AutoGuide
+from pyro.optim.optim import _get_state_dict, _load_state_dict, is_scheduler
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.distributions.constraints import Constraint
+
+from .gradient_record import GradientRecord
+from .random_state import check_random_state, leaving_no_trace, random_state, set_random_state
+
+__all__ = ["VERSION", "read", "restore", "state_of", "write"]
+
+#: Of files and of :meth:`pyro_ssvi.SSVI.state_dict`; all versions up to this one load.
+VERSION = 1
+_NAME = "pyro_ssvi checkpoint"
+_KEYS = ("guide", "model", "store", "optim", "steps", "schedule", "record", "elbo", "random")
+
+
+# Files
+
+
+def write(path: str | os.PathLike, state: dict[str, Any]) -> None:
+    """Write a state so that ``path`` is at every moment the old file or the new one, whole."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    payload = buffer.getvalue()
+    header = f"{_NAME} {state['version']} sha256 {hashlib.sha256(payload).hexdigest()}\n"
+    path = os.fspath(path)
+    # Always the same name: what a killed process left is overwritten, and does not pile up.
+    aside = path + ".part"
+    with open(aside, "wb") as file:
+        file.write(header.encode())
+        file.write(payload)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    if os.name == "posix":  # the new name has to reach the disk, too
+        directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def read(path: str | os.PathLike, map_location: Any = None) -> dict[str, Any]:
+    """The state in a file.
+
+    :param map_location: as for :func:`torch.load`.
+    :raises ValueError: if it is not a whole checkpoint, or one of a newer version.
+    """
+    with open(path, "rb") as file:
+        header, payload = file.readline(256), file.read()
+    words = header.decode(errors="replace").removeprefix(_NAME).split()
+    if not header.startswith(_NAME.encode()) or not words:
+        raise ValueError(
+            f"{path} is not a pyro_ssvi checkpoint: expected a file written by svi.save(). What "
+            "torch.save(guide.state_dict()) wrote is for guide.load_state_dict(torch.load(path))"
+        )
+    _check_version(words[0], str(path))
+    if words[1:] != ["sha256", hashlib.sha256(payload).hexdigest()]:
+        raise ValueError(
+            f"{path} is not a complete pyro_ssvi checkpoint (checksum differs): use an older one"
+        )
+    try:
+        state = torch.load(io.BytesIO(payload), map_location=map_location, weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    return state
+
+
+def _check_version(version: Any, source: str) -> None:
+    if not str(version).isdecimal():
+        raise ValueError(f"{source} is not a pyro_ssvi checkpoint: its version is {version!r}")
+    if int(version) > VERSION:
+        raise ValueError(
+            f"{source} was saved by a newer pyro_ssvi (checkpoint version {version}, this one "
+            f"reads up to {VERSION}): upgrade pyro_ssvi"
+        )
+
+
+# From memory to plain data
+
+
+def state_of(svi: Any) -> dict[str, Any]:
+    """All that ``svi`` needs to go on, as plain data that later training does not change.
+
+    :raises ValueError: if a part of it is out of reach.
+    :raises TypeError: if the state of a module or an optimizer holds more than plain data.
+    """
+    parameters = _parameters(svi)
+    names = {parameter: key for key, parameter in parameters.items()}
+    store = pyro.get_param_store()
+    entries = {}
+    for name, value in store.named_parameters():
+        key = names.setdefault(value, f"store.{name}")
+        stepped = value in svi.optim.optim_objs
+        in_module = key in parameters
+        if stepped and not in_module and "$$$" in name:
+            raise ValueError(_hidden_module(name))
+        entries[name] = {
+            "module": key if in_module else None,
+            "value": None if in_module else value,
+            "constraint": _constraint_state(store._constraints[name]),
+            # Before the first step it cannot be told whose they are.
+            "ours": stepped or not svi.steps,
+        }
+    state = {
+        "version": VERSION,
+        "guide": svi.guide.state_dict() if isinstance(svi.guide, nn.Module) else {},
+        "model": svi.model.state_dict(),
+        "store": entries,
+        "optim": {
+            names[parameter]: {
+                "class": _optimizer_class(optimizer),
+                "state": _get_state_dict(optimizer),
+                # After a step gradients are 0, but an optimizer skips those that are None.
+                "grad": parameter.grad is not None,
+            }
+            for parameter, optimizer in svi.optim.optim_objs.items()
+            if parameter in names
+        },
+        "steps": svi.steps,
+        "schedule": _schedule_state(svi.schedule),
+        "record": [
+            {"guide": path, "site": site, "parts": svi._record.parts(active)}
+            for path, guide in _sparse_guides(svi)
+            if guide.sites
+            for site, active in guide.active_sets.items()
+            if active in svi._record
+        ],
+        "elbo": {
+            "max_plate_nesting": getattr(_elbo(svi), "max_plate_nesting", math.inf),
+            "may_fuse": svi._may_fuse,
+        },
+        "random": random_state(),
+    }
+    return _plain(state, "the state")
+
+
+def _plain(value: Any, where: str) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, Mapping):
+        items = {key: _plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+        return Counter(items) if isinstance(value, Counter) else items
+    if type(value) in (list, tuple):
+        return type(value)(_plain(item, f"{where}[{i}]") for i, item in enumerate(value))
+    raise TypeError(
+        f"{where} is a {type(value).__name__}: a checkpoint takes numbers, strings, tensors, and "
+        "lists, tuples and dicts of them"
+    )
+
+
+def _parameters(svi: Any) -> dict[str, nn.Parameter]:
+    """Parameters by their place in the modules: that needs no parameter store."""
+    modules = {"guide": svi.guide, "model": svi.model}
+    return {
+        f"{kind}.{name}": parameter
+        for kind, module in modules.items()
+        if isinstance(module, nn.Module)
+        for name, parameter in module.named_parameters()
+    }
+
+
+def _sparse_guides(svi: Any) -> Iterator[tuple[str, Any]]:
+    ours = svi.guides
+    if ours:
+        for name, part in svi.guide.named_modules():
+            if part in ours:
+                yield f"{name}." if name else "", part
+
+
+def _elbo(svi: Any) -> Any:
+    # It guesses its max_plate_nesting by one run of model and guide, which draws.
+    return getattr(svi.loss, "__self__", None)
+
+
+def _optimizer_class(optimizer: Any) -> str:
+    if is_scheduler(optimizer):
+        return f"{type(optimizer).__name__} of {type(optimizer.optimizer).__name__}"
+    return type(optimizer).__name__
+
+
+def _schedule_state(schedule: Any) -> dict[str, Any]:
+    fields = {
+        key: value
+        for key, value in getattr(schedule, "__dict__", {}).items()
+        if value is None or type(value) in (bool, int, float, str)
+    }
+    return {"class": type(schedule).__name__, "fields": fields}
+
+
+def _constraint_state(constraint: Any) -> Any:
+    """A constraint of torch or Pyro by its class and fields; ``None`` for one of the user's."""
+    if not isinstance(constraint, Constraint):
+        return constraint
+    if _constraint_class(type(constraint).__name__) is not type(constraint):
+        return None
+    fields = {}
+    for name, value in vars(constraint).items():
+        several = isinstance(value, list | tuple)
+        fields[name] = (
+            [_constraint_state(v) for v in value] if several else _constraint_state(value)
+        )
+    return {"class": type(constraint).__name__, "fields": fields}
+
+
+def _constraint_class(name: str) -> type[Constraint] | None:
+    for module in (constraints, pyro_constraints):
+        found = getattr(module, name, None)
+        if isinstance(found, type) and issubclass(found, Constraint):
+            return found
+    return None
+
+
+def _constraint(state: Any) -> Any:
+    if isinstance(state, list):
+        return [_constraint(item) for item in state]
+    if not isinstance(state, dict):
+        return state
+    found = _constraint_class(state["class"])
+    if found is None:
+        raise ValueError(f"unknown constraint {state['class']!r}: upgrade torch or pyro-ppl")
+    constraint = found.__new__(found)
+    constraint.__dict__.update({k: _constraint(v) for k, v in state["fields"].items()})
+    return constraint
+
+
+def _hidden_module(name: str) -> str:
+    module = name.split("$$$")[0]
+    return (
+        f"parameter {name!r} is of a module that only pyro.module({module!r}, ...) inside the "
+        "model knows, and whose buffers cannot be seen: make it known with "
+        f"svi.model.add_module({module!r}, the_module) once SSVI is made"
+    )
+
+
+# And back: first everything is prepared and checked, then everything is changed
+
+
+def restore(svi: Any, state: Mapping[str, Any], source: str = "the state") -> None:
+    """Give ``svi`` a state.
+
+    :param source: where the state is from, for messages.
+    :raises ValueError: if it does not fit, with all the differences; then nothing has changed.
+    """
+    missing = [key for key in ("version", *_KEYS) if key not in state]
+    if missing:
+        raise ValueError(f"{source} is not what SSVI.state_dict() gives: it has no {missing}")
+    _check_version(state["version"], source)
+    try:
+        staged = _Staged(svi, state)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{source} is damaged: {error!r}") from error
+    if staged.problems:
+        raise ValueError(f"{source} does not fit this SSVI:\n  " + "\n  ".join(staged.problems))
+    was, has = state["schedule"], _schedule_state(svi.schedule)
+    if was != has:
+        warnings.warn(
+            f"saved with the schedule {_described(was)}; training goes on with this SSVI's own, "
+            f"{_described(has)}",
+            stacklevel=3,
+        )
+    staged.commit()
+
+
+class _Staged:
+    """A state that is ready to be taken, or the problems that forbid it."""
+
+    def __init__(self, svi: Any, state: Mapping[str, Any]) -> None:
+        self.svi = svi
+        self.state = state
+        self.problems: list[str] = []
+        self.parameters: dict[str, Tensor] = dict(_parameters(svi))
+        # What is new here: sites of guides, entries of the parameter store.
+        self.sites: dict[str, list] = {}
+        self.links: dict[str, tuple[Tensor, Any]] = {}
+        self.copies: list[tuple[Tensor, Tensor]] = []
+        self.optimizers: dict[Tensor, Any] = {}
+        self._stage_guides()
+        self._compare_modules()
+        if not self.problems:  # what follows only adds to what is said above
+            self._stage_store()
+        if not self.problems:
+            self._stage_optimizers()
+            self._check_rest()
+
+    def _stage_guides(self) -> None:
+        saved = self.state["guide"]
+        for prefix, guide in _sparse_guides(self.svi):
+            try:
+                self.sites[prefix] = guide.saved_sites(saved, prefix)
+            except ValueError as error:
+                self.problems.append(f"guide: {error}")
+                continue
+            if self.sites[prefix] and not guide.sites:
+                for name in ("loc_unconstrained", "scale_unconstrained"):
+                    new = nn.Parameter(saved[prefix + name].clone())
+                    self.parameters[f"guide.{prefix}{name}"] = new
+
+    def _compare_modules(self) -> None:
+        sparse = tuple(prefix for prefix, _ in _sparse_guides(self.svi))
+        for kind, module in (("guide", self.svi.guide), ("model", self.svi.model)):
+            ours = module.state_dict() if isinstance(module, nn.Module) else {}
+            theirs = self.state[kind]
+            for key in dict.fromkeys([*theirs, *ours]):
+                if kind == "guide" and key.startswith(sparse):
+                    continue
+                if key not in theirs:
+                    self.problems.append(f"{kind}: {key!r} is not in it")
+                elif key not in ours:
+                    self.problems.append(
+                        f"{kind}: {key!r} is not here: make it before you load, by a first call "
+                        f"of the guide or by svi.model.add_module(), as when it was saved"
+                    )
+                elif isinstance(ours[key], Tensor):
+                    self._compare(f"{kind}: {key!r}", theirs[key], ours[key])
+
+    def _compare(self, what: str, theirs: Tensor, ours: Tensor) -> None:
+        was, has = (f"{tuple(value.shape)} {value.dtype}" for value in (theirs, ours))
+        if was != has:
+            self.problems.append(f"{what}: saved as {was}, here it is {has}")
+
+    def _stage_store(self) -> None:
+        store = pyro.get_param_store()
+        held = dict(store.named_parameters())
+        for name, entry in self.state["store"].items():
+            ours, value = held.get(name), entry["value"]
+            if entry["module"] is not None:
+                parameter = self.parameters[entry["module"]]
+                if ours is not None and ours is not parameter:
+                    self.problems.append(
+                        f"the parameter store holds another {name!r}: call "
+                        "pyro.clear_param_store() before you make a new guide or model"
+                    )
+            elif ours is None:
+                if "$$$" in name:
+                    self.problems.append(_hidden_module(name))
+                parameter = value.clone().requires_grad_()
+            elif entry["ours"] or ours in self.svi.optim.optim_objs:
+                self._compare(f"parameter {name!r}", value, ours)
+                parameter = ours
+                self.copies.append((ours, value))
+            else:
+                continue  # of another model, which may have trained it on
+            constraint = store._constraints.get(name, _constraint(entry["constraint"]))
+            if constraint is None:
+                self.problems.append(
+                    f"parameter {name!r} has a constraint of your own: run the model once before "
+                    "you load"
+                )
+            self.links[name] = parameter, constraint
+            self.parameters.setdefault(f"store.{name}", parameter)
+
+    def _stage_optimizers(self) -> None:
+        optim, names = self.svi.optim, pyro.get_param_store()._param_to_name
+        before = dict(names)
+        # Arguments of an optimizer may be a function of the parameter's name.
+        names.update({parameter: name for name, (parameter, _) in self.links.items()})
+        try:
+            for key, saved in self.state["optim"].items():
+                parameter = self.parameters[key]
+                optimizer = optim._get_optim(parameter)
+                was, has = saved["class"], _optimizer_class(optimizer)
+                if was != has:
+                    self.problems.append(
+                        f"optimizer of {key!r}: saved from {was}, here it is {has}"
+                    )
+                    continue
+                _load_state_dict(optimizer, copy.deepcopy(saved["state"]))
+                self.optimizers[parameter] = optimizer, optim._get_grad_clip(parameter)
+        except Exception as error:
+            self.problems.append(f"the optimizer's state cannot be loaded: {error!r}")
+        finally:
+            names.clear()
+            names.update(before)
+
+    def _check_rest(self) -> None:
+        steps = self.state["steps"]
+        if type(steps) is not int or steps < 0:
+            self.problems.append(f"expected a number of steps, got {steps!r}")
+        known = {(prefix, site.name) for prefix, sites in self.sites.items() for site in sites}
+        for entry in self.state["record"]:
+            if (entry["guide"], entry["site"]) not in known:
+                self.problems.append(f"it has a gradient of an unknown site {entry['site']!r}")
+        try:
+            check_random_state(self.state["random"])
+        except Exception as error:
+            self.problems.append(f"its random state is damaged: {error}")
+
+    def commit(self) -> None:
+        """Change everything."""
+        svi, state = self.svi, self.state
+        for prefix, guide in _sparse_guides(svi):
+            if self.sites[prefix] and not guide.sites:
+                loc, raw = (
+                    self.parameters[f"guide.{prefix}{name}"]
+                    for name in ("loc_unconstrained", "scale_unconstrained")
+                )
+                indices = state["guide"][prefix + "indices"].clone()
+                guide.take_sites(self.sites[prefix], loc, raw, indices)
+        for kind, module in (("guide", svi.guide), ("model", svi.model)):
+            if isinstance(module, nn.Module):
+                module.load_state_dict(state[kind])
+        if any(self.sites.values()):
+            for part in svi.guide.modules():
+                if isinstance(part, AutoGuide) and part.prototype_trace is None:
+                    part._setup_prototype = partial(_unseen_setup, part)
+        with torch.no_grad():
+            for ours, value in self.copies:
+                ours.copy_(value)
+        self._commit_store()
+        self._commit_optimizers()
+        svi.steps = state["steps"]
+        svi._record = GradientRecord()
+        guides = dict(_sparse_guides(svi))
+        for entry in state["record"]:
+            active = guides[entry["guide"]].active_sets[entry["site"]]
+            svi._record.add_parts(active, _plain(entry["parts"], "the record"))
+        if hasattr(_elbo(svi), "max_plate_nesting"):
+            _elbo(svi).max_plate_nesting = state["elbo"]["max_plate_nesting"]
+        svi._may_fuse, svi._fused = state["elbo"]["may_fuse"], None
+        set_random_state(state["random"])
+
+    def _commit_store(self) -> None:
+        store = pyro.get_param_store()
+        for name, (parameter, constraint) in self.links.items():
+            store._params[name] = parameter
+            store._param_to_name[parameter] = name
+            store._constraints[name] = constraint
+
+    def _commit_optimizers(self) -> None:
+        optim = self.svi.optim
+        optim.optim_objs.clear()
+        optim.grad_clip.clear()
+        for parameter, (optimizer, clip) in self.optimizers.items():
+            optim.optim_objs[parameter], optim.grad_clip[parameter] = optimizer, clip
+        for key, saved in self.state["optim"].items():
+            parameter = self.parameters[key]
+            parameter.grad = torch.zeros_like(parameter) if saved["grad"] else None
+
+
+def _unseen_setup(guide: AutoGuide, *args: Any, **kwargs: Any) -> None:
+    """Have an autoguide see its model as if it had done so before the file was saved."""
+    with leaving_no_trace():
+        type(guide)._setup_prototype(guide, *args, **kwargs)
+    del guide._setup_prototype
+
+
+def _described(schedule: Mapping[str, Any]) -> str:
+    fields = ", ".join(f"{key}={value!r}" for key, value in schedule["fields"].items())
+    return f"{schedule['class']}({fields})"

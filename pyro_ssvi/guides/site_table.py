@@ -1,0 +1,159 @@
+"""A guide's sites as plain data, so that a saved guide knows what its numbers belong to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ..active_set import ActiveSet
+
+__all__ = ["NEEDS_MODEL", "Site", "read_table", "table", "table_differences"]
+
+VERSION = 1
+_TENSORS = ("loc_unconstrained", "scale_unconstrained", "indices")
+
+
+class _NeedsModel:
+    """Stands for the transform of a constrained site until the model has run."""
+
+    def _refuse(self, *args: Any) -> NoReturn:
+        raise RuntimeError(
+            "a site is constrained, and the loaded guide has not seen the model: call "
+            "guide(*args, **kwargs) once with the model's arguments, or take a step"
+        )
+
+    __call__ = with_cache = _refuse
+
+
+NEEDS_MODEL = _NeedsModel()
+
+
+@dataclass
+class Site:
+    """Where a latent site lies in the flat parameters, and how its value is made from them."""
+
+    name: str
+    shape: torch.Size  # of the unconstrained value, before any subsampling
+    dtype: torch.dtype
+    event_dim: int  # of the unconstrained value
+    k: int
+    frames: list
+    transform: Any  # None for a real-valued site
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.k < math.prod(self.shape)
+
+
+def table(sites: list[Site]) -> dict[str, Any]:
+    """The sites as plain data, all but what only the model knows: plates and transforms."""
+    return {
+        "version": VERSION,
+        "sites": [
+            {
+                "name": site.name,
+                "shape": list(site.shape),
+                "dtype": str(site.dtype).removeprefix("torch."),
+                "event_dim": site.event_dim,
+                "k": site.k,
+                "real": site.transform is None,
+            }
+            for site in sites
+        ],
+    }
+
+
+def read_table(state: Mapping[str, Any], prefix: str = "") -> list[Site]:
+    """The sites of a saved guide; their plates and transforms are left to the model.
+
+    :param state: a state dict that holds the guide's under ``prefix``.
+    :raises ValueError: if it is not one of an AutoSparseNormal, or its tensors are damaged.
+    """
+    saved = state.get(f"{prefix}_extra_state")
+    if not isinstance(saved, Mapping) or "sites" not in saved:
+        raise ValueError(
+            f"no table of sites at '{prefix}_extra_state': expected what state_dict() of an "
+            "AutoSparseNormal gave"
+        )
+    if saved["version"] > VERSION:
+        raise ValueError(
+            f"it was saved by a newer pyro_ssvi (version {saved['version']} of a guide's state, "
+            f"{VERSION} is known here): upgrade pyro_ssvi"
+        )
+    sites = [
+        Site(
+            row["name"],
+            torch.Size(row["shape"]),
+            getattr(torch, row["dtype"]),
+            row["event_dim"],
+            row["k"],
+            [],
+            None if row["real"] else NEEDS_MODEL,
+        )
+        for row in saved["sites"]
+    ]
+    if sites:
+        _check_tensors(sites, *(state.get(prefix + name) for name in _TENSORS))
+    return sites
+
+
+def _check_tensors(sites: list[Site], loc: Any, scale: Any, indices: Any) -> None:
+    sparse = [site for site in sites if site.is_sparse]
+    expected = [sum(site.k for site in part) for part in (sites, sites, sparse)]
+    for name, tensor, size in zip(_TENSORS, (loc, scale, indices), expected, strict=True):
+        if not isinstance(tensor, Tensor) or tensor.shape != (size,):
+            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else "none"
+            raise ValueError(f"expected a tensor {name} of shape ({size},), got {got}")
+    for site, part in zip(sparse, indices.split([site.k for site in sparse]), strict=True):
+        try:
+            ActiveSet(part, site.shape)
+        except ValueError as error:
+            raise ValueError(f"the indices of site {site.name!r} are damaged: {error}") from None
+
+
+def table_differences(theirs: list[Site], ours: list[Site], here: str) -> list[str]:
+    """What keeps the values of one list of sites from another, a line for each site."""
+    if [site.name for site in theirs] != [site.name for site in ours]:
+        names = [[site.name for site in sites] for sites in (theirs, ours)]
+        return [f"saved with the sites {names[0]}, {here} has {names[1]}"]
+    lines = []
+    for their, our in zip(theirs, ours, strict=True):
+        was, has = _described(their, our), _described(our, their)
+        if was != has:
+            lines.append(f"site {their.name!r}: saved with {was}, {here} has {has}")
+    return lines
+
+
+def _described(site: Site, other: Site) -> str:
+    words = f"{site.k} active of {tuple(site.shape)}"
+    if site.dtype != other.dtype:
+        words += f" in {site.dtype}"
+    if (site.transform is None) != (other.transform is None):
+        words += ", real-valued" if site.transform is None else ", constrained"
+    return words
+
+
+def density_differences(
+    sites: list[Site], density: float | Mapping[str, float] | Callable
+) -> list[str]:
+    """What can be known of the differences before the model has run: sizes of sparse sites."""
+    lines = []
+    for site in sites:
+        if isinstance(density, Mapping):
+            share = density.get(site.name, 1.0)
+        elif site.is_sparse:
+            share = density(site.name, site.shape) if callable(density) else density
+        else:
+            continue  # by default, or because it has to be: only the model can tell
+        k = math.floor(share * math.prod(site.shape) + 0.5)
+        if k != site.k:
+            lines.append(
+                f"site {site.name!r}: saved with {site.k} active of {tuple(site.shape)}, "
+                f"this guide has {k}"
+            )
+    return lines

@@ -1,0 +1,661 @@
+import hashlib
+import io
+import math
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Predictive, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+from torch import nn
+from torch.distributions import transform_to
+from training_to_resume import (
+    CASES,
+    STEPS,
+    Net,
+    X,
+    Y,
+    bnn,
+    fingerprint,
+    fresh,
+    guide_list,
+    hidden_net,
+    make,
+    scheduled,
+    train,
+)
+
+from pyro_ssvi import SSVI, AutoSparseNormal, ConstantSchedule, CosineSchedule, checkpoint
+
+SCRIPT = Path(__file__).with_name("training_to_resume.py")
+OLD_FILE = Path(__file__).parent / "data" / "checkpoint_v1.ssvi"
+
+
+# Resuming
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory):
+    """Every case's end without a stop, and its ends after a stop at each step."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    expected = {}
+    for case, made in CASES.items():
+        (folder / case).mkdir()
+        with fresh(case, seed=1):
+            svi = made()
+
+            def save(svi=svi, case=case):
+                svi.save(folder / case / f"{svi.steps}.ckpt")
+
+            save()
+            train(svi, after=save)
+            expected[case] = fingerprint(svi.state_dict())
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "resume", folder], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    resumed = {case: {} for case in CASES}
+    for line in done.stdout.splitlines():
+        case, step, end = line.split("|")
+        resumed[case][int(step)] = end
+    return expected, resumed
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resumed_in_a_new_process_bit_for_bit(ends, case):
+    expected, resumed = ends
+    assert resumed[case] == dict.fromkeys(range(STEPS + 1), expected[case])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_back_to_an_earlier_step_in_memory(case):
+    """In the same objects, that have gone on; the state is a copy, which they do not change."""
+    with fresh(case, seed=1):
+        svi = CASES[case]()
+        train(svi, 3)
+        state = svi.state_dict()
+        parameters = list(svi.guide.parameters())
+        train(svi)
+        expected = fingerprint(svi.state_dict())
+        svi.load_state_dict(state)
+        assert svi.steps == 3
+        train(svi)
+        assert fingerprint(svi.state_dict()) == expected
+        assert all(a is b for a, b in zip(parameters, svi.guide.parameters(), strict=True))
+
+
+def test_killed_at_random_moments(tmp_path):
+    path = tmp_path / "training.ckpt"
+    moments, seen = random.Random(0), [0]
+    command = [sys.executable, SCRIPT, "serve", path]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as server:
+        for _ in range(30):
+            server.stdin.write("train\n")
+            process = int(server.stdout.readline())
+            time.sleep(moments.uniform(0.0, 0.3))
+            os.kill(process, signal.SIGKILL)
+            assert int(server.stdout.readline()) == -signal.SIGKILL
+            if path.exists():
+                seen.append(checkpoint.read(path)["steps"])
+        server.stdin.close()
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 10
+    assert set(os.listdir(tmp_path)) <= {path.name, f"{path.name}.part"}
+    with fresh("Adam", seed=1):
+        svi = make()
+        train(svi, seen[-1])
+        assert fingerprint(svi.state_dict()) == fingerprint(checkpoint.read(path))
+
+
+# Files
+
+
+def trained(steps=6, **kwargs):
+    pyro.clear_param_store()
+    svi = make(**kwargs)
+    train(svi, steps)
+    return svi
+
+
+def snapshot(svi):
+    store = pyro.get_param_store()
+    return fingerprint(svi.state_dict()), list(store.keys()), list(svi.optim.optim_objs)
+
+
+def refuses(svi, path, match):
+    """Loading raises, and changes nothing."""
+    before = snapshot(svi)
+    with pytest.raises(ValueError, match=match) as error:
+        svi.load(path)
+    assert str(path) in str(error.value)
+    after = snapshot(svi)
+    assert after[:2] == before[:2]
+    assert all(a is b for a, b in zip(after[2], before[2], strict=True))
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "a.ckpt"
+    trained().save(path)
+    return path
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.02, 0.5, 0.999])
+def test_truncated_file(path, share):
+    svi = trained()
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    refuses(svi, path, "is not a")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.0025, 0.02, 0.5, 0.9, 0.9999])
+def test_tampered_file(path, share):
+    svi = trained()
+    content = bytearray(path.read_bytes())
+    content[int(share * len(content))] ^= 1
+    path.write_bytes(content)
+    refuses(svi, path, "is not a|newer")
+
+
+def with_header(payload, version=1):
+    digest = hashlib.sha256(payload).hexdigest()
+    return f"pyro_ssvi checkpoint {version} sha256 {digest}\n".encode() + payload
+
+
+class Harm:
+    def __reduce__(self):
+        return (os.mkdir, ("harm",))
+
+
+def test_no_code_runs(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    svi = trained()
+    payload = io.BytesIO()
+    torch.save({"version": 1, "steps": Harm()}, payload)
+    for content in (payload.getvalue(), pickle.dumps(Harm())):
+        path.write_bytes(with_header(content))
+        refuses(svi, path, "cannot be read")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_newer_version(path):
+    svi = trained()
+    payload = path.read_bytes().split(b"\n", 1)[1]
+    path.write_bytes(with_header(payload, version=2))
+    refuses(svi, path, r"newer pyro_ssvi \(checkpoint version 2, this one reads up to 1\): upgrade")
+    with pytest.raises(ValueError, match="newer"):
+        svi.load_state_dict({**svi.state_dict(), "version": 2})
+
+
+def test_other_files(path, tmp_path):
+    svi = trained()
+    torch.save(svi.guide.state_dict(), path)
+    refuses(svi, path, r"is not a pyro_ssvi checkpoint: .* guide.load_state_dict\(torch.load")
+    with pytest.raises(FileNotFoundError):
+        svi.load(tmp_path / "none.ckpt")
+    with pytest.raises(ValueError, match=r"has no \['version'"):
+        svi.load_state_dict(svi.guide.state_dict())
+
+
+@pytest.mark.parametrize("broken", ["write", "fsync", "replace"])
+def test_a_failed_save_leaves_the_old_file(path, monkeypatch, broken):
+    svi, content = trained(8), path.read_bytes()
+
+    def fail(*args):
+        raise OSError("no space left on device")
+
+    if broken == "write":
+        monkeypatch.setattr(torch, "save", fail)
+    else:
+        monkeypatch.setattr(os, broken, fail)
+    with pytest.raises(OSError, match="no space"):
+        svi.save(path)
+    monkeypatch.undo()
+    assert path.read_bytes() == content
+    svi.save(path)
+    assert os.listdir(path.parent) == [path.name]
+    assert checkpoint.read(path)["steps"] == 8
+
+
+def test_content_is_on_disk_before_the_name_changes(path, monkeypatch):
+    svi, calls = trained(), []
+    for name in ("fsync", "replace"):
+        function = getattr(os, name)
+
+        def call(*args, name=name, function=function):
+            calls.append(name)
+            return function(*args)
+
+        monkeypatch.setattr(os, name, call)
+    svi.save(path)
+    assert calls == ["fsync", "replace", "fsync"]
+
+
+def test_file_of_version_1_goes_on_loading():
+    svi = make()
+    svi.load(OLD_FILE)
+    state = svi.state_dict()
+    assert svi.steps == 6
+    kept = {key: state[key] for key in ("guide", "store", "record", "elbo", "random")}
+    assert fingerprint(kept) == OLD_FINGERPRINT
+    assert math.isfinite(svi.step(X, Y))
+
+
+OLD_FINGERPRINT = "e0799b61f9cfcf8fd67d2f65ffe7bff9cec359c34a9207d385dcebd3d9db34cd"
+
+
+# What does not fit
+
+
+def other_shape(x, y=None):
+    w0 = pyro.sample("w0", dist.Normal(0.0, 1.0).expand([10, 13]).to_event(2))
+    pyro.sample("obs", dist.Normal((w0 @ torch.ones(13)).sum(), 1.0), obs=torch.tensor(0.0))
+
+
+OTHERS = {
+    "density": (
+        {"density": 0.2},
+        r"site 'w0': saved with 36 active of \(10, 12\), this guide has 24",
+    ),
+    "density by site": (
+        {"density": {"w0": 0.1, "w1": 0.3}},
+        r"site 'w0': saved with 36 active of \(10, 12\), this guide has 12",
+    ),
+    "density by function": (
+        {"density": lambda name, shape: 0.3 if name == "w0" else 0.5},
+        r"site 'w1': saved with 3 active of \(1, 10\), this guide has 5",
+    ),
+    "module": ({"model": Net()}, "model: 'model.norm.weight' is not in it"),
+    "optimizer": (
+        {"optim": pyro.optim.SGD({"lr": 0.1})},
+        "optimizer of 'guide.loc_unconstrained': saved from Adam, here it is SGD",
+    ),
+    "scheduler": (
+        {"optim": scheduled("ExponentialLR", gamma=0.5)},
+        "saved from Adam, here it is ExponentialLR of Adam",
+    ),
+}
+
+
+@pytest.mark.parametrize("seen", [False, True], ids=["fresh", "trained"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_differences_are_named(path, name, seen):
+    pyro.clear_param_store()
+    kwargs, match = OTHERS[name]
+    svi = make(**kwargs)
+    if seen:
+        train(svi, 2)
+        match = "saved with the sites" if name == "module" else match
+    refuses(svi, path, match)
+    if not seen:
+        assert not svi.guide.sites
+        assert not list(svi.guide.parameters())
+
+
+def test_other_model(path):
+    pyro.clear_param_store()
+    svi = make(other_shape, density=0.3)
+    svi.load(path)  # a function tells nothing before it is called
+    state = snapshot(svi)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"another model: saved with the sites \['w0', 'b0'"):
+            svi.step(X, Y)
+        assert snapshot(svi) == state
+    pyro.clear_param_store()
+    svi = make(other_shape, density=0.3)
+    svi.step(X, Y)
+    refuses(svi, path, "saved with the sites")
+
+
+def test_other_shape_and_kind_of_a_site():
+    def model(shape, prior):
+        pyro.sample("w", prior.expand(shape).to_event(2))
+
+    guides = {}
+    for name, shape, prior in (
+        ("a", [4, 5], dist.Normal(0.0, 1.0)),
+        ("b", [5, 4], dist.Normal(0.0, 1.0)),
+        ("c", [4, 5], dist.Exponential(1.0)),
+        ("d", [4, 5], dist.Normal(torch.zeros((), dtype=torch.float64), 1.0)),
+    ):
+        pyro.clear_param_store()
+        guides[name] = AutoSparseNormal(model, density=1.0)
+        guides[name](shape, prior)
+    state = guides["a"].state_dict()
+    for name, match in (
+        ("b", r"'w': saved with 20 active of \(4, 5\), this guide has 20 active of \(5, 4\)"),
+        ("c", "real-valued, this guide has 20 active of .4, 5., constrained"),
+        ("d", "in torch.float32, this guide has .* in torch.float64"),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            guides[name].load_state_dict(state)
+
+
+def test_shape_of_a_parameter(path):
+    pyro.clear_param_store()
+    pyro.param("slope", torch.ones(7), constraint=dist.constraints.positive)
+    refuses(make(), path, r"'slope': saved as \(10,\) torch.float32, here it is \(7,\)")
+
+
+@pytest.mark.parametrize("local", [False, True], ids=["", "saved with local parameters"])
+def test_stale_parameter_store(path, local):
+    if local:
+        pyro.clear_param_store()
+        state = {**checkpoint.read(path), "store": {}, "optim": {}}
+        checkpoint.write(path, state)
+    trained()
+    svi = make()  # and its guide would find the other guide's values in the store
+    before = fingerprint(dict(pyro.get_param_store().items()))
+    with pytest.raises(ValueError, match=r"already holds 'AutoSparseNormal.loc'.*clear_"):
+        svi.load(path)
+    assert fingerprint(dict(pyro.get_param_store().items())) == before
+    assert not svi.guide.sites
+
+
+def test_damaged_state():
+    svi = trained()
+    state = svi.state_dict()
+    for key, value, match in (
+        ("indices", state["guide"]["indices"].flip(0), "indices of site 'w0' are damaged"),
+        ("indices", state["guide"]["indices"][1:], r"indices of shape \(39,\), got \(38,\)"),
+        ("loc_unconstrained", None, "expected a tensor loc_unconstrained"),
+        ("_extra_state", None, "no table of sites"),
+    ):
+        before = fingerprint(svi.state_dict())
+        with pytest.raises(ValueError, match=match):
+            svi.load_state_dict({**state, "guide": {**state["guide"], key: value}})
+        assert fingerprint(svi.state_dict()) == before
+    with pytest.raises(ValueError, match="random state is damaged"):
+        svi.load_state_dict({**state, "random": {**state["random"], "torch": torch.zeros(3)}})
+    optim = {key: {**saved, "state": {}} for key, saved in state["optim"].items()}
+    before = fingerprint(svi.state_dict())
+    for key, value, match in (
+        ("steps", "6", "expected a number of steps, got '6'"),
+        ("record", [{"guide": "", "site": "w7", "parts": []}], "unknown site 'w7'"),
+        ("record", [{}], "damaged: KeyError"),
+        ("optim", {"guide.loc_unconstrained": None}, "optimizer's state cannot be loaded"),
+        ("store", {"shift": None}, "damaged: TypeError"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            svi.load_state_dict({**state, key: value})
+        assert fingerprint(svi.state_dict()) == before
+    with pytest.raises(ValueError, match="optimizer's state cannot be loaded"):
+        svi.load_state_dict({**state, "optim": optim})
+
+
+def test_another_schedule_is_reported_and_stays(path):
+    pyro.clear_param_store()
+    guide = AutoSparseNormal(bnn, density=0.3)
+    schedule = CosineSchedule(every=4)
+    svi = SSVI(bnn, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO(), schedule=schedule)
+    with pytest.raises(UserWarning, match="schedule"):  # warnings are errors here
+        svi.load(path)
+    assert not svi.guide.sites
+    with pytest.warns(UserWarning, match=r"ConstantSchedule\(every=4, .*CosineSchedule") as caught:
+        svi.load(path)
+    assert caught[0].filename == __file__
+    assert svi.schedule is schedule
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pyro.clear_param_store()
+        make().load(path)
+
+
+# Before the guide has seen data
+
+
+def test_loaded_guide_needs_no_data(path):
+    svi = trained()
+    state, active, summary = svi.guide.state_dict(), svi.guide.active_sets, str(svi.guide.summary())
+    pyro.clear_param_store()
+    guide = AutoSparseNormal(pyro.poutine.block(bnn, hide=["noise"]), density=0.3)
+    with pytest.raises(RuntimeError, match="has no parameters before it has seen data"):
+        _ = guide.active_sets
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    guide.load_state_dict(torch.load(file, weights_only=True))
+    assert all(guide.active_sets[name].same(active[name]) for name in active)
+    assert str(guide.summary()) == summary
+    assert torch.equal(guide.loc, svi.guide.loc)
+    assert torch.equal(guide.scale, svi.guide.scale)
+    for use in (guide.median, guide.posterior):
+        with pytest.raises(RuntimeError, match="constrained, and the loaded guide has not seen"):
+            use()
+
+
+def test_medians_of_a_loaded_guide():
+    model = Net()
+    svi = trained(model=model)
+    medians = svi.guide.median()
+    pyro.clear_param_store()
+    guide = AutoSparseNormal(model, density=0.3)
+    guide.load_state_dict(svi.guide.state_dict())
+    for name, median in guide.median().items():
+        assert torch.equal(median, medians[name])
+    assert set(guide.posterior()) == set(medians)
+
+
+def test_first_call_of_a_loaded_guide_draws_what_a_later_one_draws():
+    svi = trained(model=(model := Net()))
+    state, buffers = svi.guide.state_dict(), {k: v.clone() for k, v in model.named_buffers()}
+    pyro.set_rng_seed(7)
+    expected = svi.guide(X, Y)
+    pyro.clear_param_store()
+    guide = AutoSparseNormal(model, density=0.3)
+    guide.load_state_dict(state)
+    pyro.set_rng_seed(7)
+    for name, value in guide(X, Y).items():
+        assert torch.equal(torch.as_tensor(value.to_dense()), expected[name].to_dense())
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, buffers[name])
+    assert torch.equal(guide.loc, svi.guide.loc)
+
+
+def test_loaded_for_prediction(path):
+    svi = trained()
+    svi.load(path)
+    pyro.set_rng_seed(3)
+    expected = Predictive(bnn, guide=svi.guide, num_samples=4)(X)["obs"]
+    pyro.clear_param_store()
+    svi = make()
+    svi.load(path)
+    svi.guide(X, Y)  # or the guide would take "obs" for a latent site
+    pyro.set_rng_seed(3)
+    assert torch.equal(Predictive(bnn, guide=svi.guide, num_samples=4)(X)["obs"], expected)
+
+
+def test_state_from_before_the_first_call():
+    svi = make()
+    state = svi.state_dict()
+    train(svi, 2)
+    with pytest.raises(ValueError, match="saved before the guide had seen data"):
+        svi.load_state_dict(state)
+    assert svi.steps == 2
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_state_dict_of_another_density(seen):
+    state = trained().guide.state_dict()
+    pyro.clear_param_store()
+    guide = AutoSparseNormal(bnn, density=0.2)
+    if seen:
+        guide(X, Y)
+    before = fingerprint(guide.state_dict())
+    with pytest.raises(
+        RuntimeError, match=r"saved with 36 active of \(10, 12\), this guide has 24"
+    ):
+        guide.load_state_dict(state)
+    assert fingerprint(guide.state_dict()) == before
+
+
+def test_state_dict_without_its_table():
+    svi = trained()
+    state = svi.guide.state_dict()
+    del state["_extra_state"]
+    with pytest.raises(RuntimeError, match="no table of sites at '_extra_state'"):
+        svi.guide.load_state_dict(state)
+
+
+def test_state_dict_of_a_newer_version():
+    svi = trained()
+    state = svi.guide.state_dict()
+    state["_extra_state"]["version"] = 2
+    with pytest.raises(RuntimeError, match="newer pyro_ssvi"):
+        svi.guide.load_state_dict(state)
+
+
+# The parameter store
+
+
+def test_parameter_store_alone_is_refused(tmp_path):
+    trained()
+    pyro.get_param_store().save(tmp_path / "store")
+    pyro.clear_param_store()
+    pyro.get_param_store().load(tmp_path / "store")
+    with pytest.raises(ValueError, match="whose active sets it does not know"):
+        AutoSparseNormal(bnn, density=0.3)(X, Y)
+
+
+@pytest.mark.parametrize("store_first", [False, True])
+def test_parameter_store_beside_a_loaded_guide_is_refused(tmp_path, store_first):
+    svi = trained()
+    pyro.get_param_store().save(tmp_path / "store")
+    state = svi.guide.state_dict()
+    pyro.clear_param_store()
+    guide = AutoSparseNormal(bnn, density=0.3)
+    if store_first:
+        pyro.get_param_store().load(tmp_path / "store")
+        with pytest.raises(RuntimeError, match="parameter store holds"):
+            guide.load_state_dict(state)
+        assert not guide.sites
+    else:
+        guide.load_state_dict(state)
+        pyro.get_param_store().load(tmp_path / "store")
+        with pytest.raises(ValueError, match="parameter store holds"):
+            guide(X, Y)
+
+
+def test_parameters_of_other_models_are_left_alone(path):
+    svi = trained()
+    other = pyro.param("other", torch.tensor(1.0))
+    state = svi.state_dict()
+    with torch.no_grad():
+        other.unconstrained().fill_(2.0)
+    svi.load_state_dict(state)
+    assert pyro.param("other").item() == 2.0
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        dist.constraints.interval(torch.tensor([0.0, 1.0]), 3.0),
+        dist.constraints.independent(dist.constraints.greater_than(-1.0), 1),
+        dist.constraints.cat([dist.constraints.positive, dist.constraints.real], -1, [1, 1]),
+        dist.constraints.softplus_positive,
+        dist.constraints.simplex,
+    ],
+    ids=lambda c: type(c).__name__,
+)
+def test_constraints(constraint):
+    start = torch.tensor([0.25, 1.5])
+    start = start / start.sum() if constraint is dist.constraints.simplex else start
+    start = start + 1 if isinstance(constraint, dist.constraints.interval) else start
+
+    def model(x, y=None):
+        pyro.param("p", start, constraint=constraint)
+        return bnn(x, y)
+
+    state = trained(model=model).state_dict()
+    values = pyro.param("p").detach().clone()
+    pyro.clear_param_store()
+    svi = make(model)
+    svi.load_state_dict(state)
+    assert torch.equal(pyro.param("p").detach(), values)
+    assert fingerprint(svi.state_dict()) == fingerprint(state)
+
+
+class Own(type(dist.constraints.positive)):
+    pass
+
+
+transform_to.register(Own)(lambda constraint: dist.transforms.ExpTransform())
+
+
+def test_constraint_of_the_user():
+    def model(x, y=None):
+        pyro.param("p", torch.tensor(1.0), constraint=Own(0.0))
+        return bnn(x, y)
+
+    state = trained(model=model).state_dict()
+    pyro.clear_param_store()
+    svi = make(model)
+    with pytest.raises(ValueError, match="'p' has a constraint of your own: run the model once"):
+        svi.load_state_dict(state)
+    model(X)
+    svi.load_state_dict(state)
+    assert fingerprint(svi.state_dict()) == fingerprint(state)
+
+
+def test_module_out_of_reach():
+    """Its parameters are in the store, but nobody can see its buffers."""
+    net, model = hidden_net()
+    svi = trained(model=model)
+    with pytest.raises(ValueError, match=r"svi.model.add_module\('net', the_module\)"):
+        svi.state_dict()
+    svi.model.add_module("net", net)
+    state = svi.state_dict()
+    pyro.clear_param_store()
+    net, model = hidden_net()
+    svi = make(model)
+    with pytest.raises(ValueError, match=r"'net.0.weight' is not here.*svi.model.add_module"):
+        svi.load_state_dict(state)
+    svi.model.add_module("net", net)
+    svi.load_state_dict(state)
+    assert fingerprint(svi.state_dict()) == fingerprint(state)
+
+
+def test_part_that_has_not_seen_data():
+    state = CASES["with an AutoNormal"]().state_dict()
+    pyro.clear_param_store()
+    svi = guide_list(AutoNormal)
+    with pytest.raises(ValueError, match=r"noise_unconstrained' is not here.*first call"):
+        svi.load_state_dict(state)
+
+
+def test_what_a_file_cannot_hold_is_named():
+    class Odd(nn.Module):
+        def get_extra_state(self):
+            return {"a": [object()]}
+
+        def set_extra_state(self, state):
+            pass
+
+        def forward(self, x, y=None):
+            return bnn(x, y)
+
+    with pytest.raises(TypeError, match=r"\['model.\_extra_state'\]\['a'\]\[0\] is a object: a ch"):
+        trained(model=Odd()).state_dict()
+
+
+@pytest.mark.parametrize("schedule", [ConstantSchedule(every=2), CosineSchedule(every=2)])
+def test_state_is_plain(schedule):
+    guide = AutoSparseNormal(bnn, density=0.3)
+    svi = SSVI(bnn, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO(), schedule=schedule)
+    svi.step(X, Y)
+    file = io.BytesIO()
+    torch.save(svi.state_dict(), file)
+    file.seek(0)
+    assert fingerprint(torch.load(file, weights_only=True)) == fingerprint(svi.state_dict())
