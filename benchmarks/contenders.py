@@ -23,6 +23,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyro_ssvi import SSVI, AutoSparseNormal, CosineSchedule, kernels
+from pyro_ssvi.nn import bayesianize
 
 NUM_DATA = 60_000
 PRIOR_SCALE = 0.1
@@ -41,10 +42,11 @@ class Batch:
         self.index = torch.arange(size)
 
 
-def perceptron(sizes: Sequence[int]) -> nn.Module:
+def perceptron(sizes: Sequence[int], device: str = "cpu") -> nn.Module:
+    """:param device: "meta" for a net without numbers, whose weights others draw."""
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(sizes):
-        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+        layers += [nn.Linear(fan_in, fan_out, device=device), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
@@ -198,12 +200,9 @@ class Bayesian(Contender):
     """The Pyro model with AutoNormal."""
 
     def __init__(self, net: nn.Module, batch: Batch, elbo: Any) -> None:
-        self.net, self.batch, self.elbo = net, batch, elbo
-        weights = weights_of(net)
-        self.shapes = {name: weight.shape for name, weight in weights.items()}
-        self.others = {n: p for n, p in net.named_parameters() if n not in weights}
-        for weight in weights.values():
-            weight.data = torch.empty(0)  # its place is taken
+        self.net, self.batch, self.elbo = bayesianize(net, PRIOR_SCALE), batch, elbo
+        if all(parameter.is_meta for parameter in net.parameters()):
+            net.to_empty(device="cpu")
         self.guide = self.make_guide(init_loc_fn=init_to_sample, init_scale=INIT_SCALE)
         self.svi = self.make_svi(pyro.optim.Adam({"lr": LEARNING_RATE}))
 
@@ -217,11 +216,7 @@ class Bayesian(Contender):
         return pyro.plate("data", NUM_DATA, subsample=self.batch.index, dim=-1)
 
     def model(self, x: Tensor, y: Tensor) -> None:
-        prior = dist.Normal(0.0, PRIOR_SCALE)
-        values = {name: pyro.param(name, parameter) for name, parameter in self.others.items()}
-        for name, shape in self.shapes.items():
-            values[name] = pyro.sample(name, prior.expand(shape).to_event(len(shape)))
-        logits = functional_call(self.net, values, x)
+        logits = self.net(x)
         with self.plate(x, y):
             pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
 
@@ -231,7 +226,7 @@ class Bayesian(Contender):
     def state(self) -> Any:
         optims = [dict(optim.state) for optim in self.svi.optim.optim_objs.values()]
         parts = [*self.guide.parameters(), *self.guide.buffers(), optims]
-        return [*parts, self.others, *self.net.buffers()]
+        return [*parts, *self.net.parameters(), *self.net.buffers()]
 
 
 class Sparse(Bayesian):
@@ -273,9 +268,9 @@ class Sparse(Bayesian):
 
         hooks = [
             module.register_forward_hook(
-                lambda _m, _x, out, name=name: count(f"{name}.weight", out)
+                lambda _m, _x, out, name=name: count(f"net.{name}.weight", out)
             )
-            for name, module in self.net.named_modules()
+            for name, module in self.net.module.named_modules()
             if isinstance(module, nn.Linear | nn.Conv2d)
         ]
         self.step()

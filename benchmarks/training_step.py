@@ -41,6 +41,7 @@ RESNET18_BATCH = 32
 EXCHANGE_EVERY = 100
 DENSE = ("autonormal", "autonormal-meanfield", "deterministic", "ivon", "masked")
 SPARSE = ("ssvi", "ssvi-meanfield", "ssvi-torch")
+PLAIN = ("deterministic", "ivon", "masked")  # nets that have, or start from, numbers of their own
 REFERENCES = ("autonormal", "deterministic")
 PACKAGES = ("pyro_ssvi", "pyro-ppl", "torch", "numba", "ivon-opt")
 
@@ -105,7 +106,9 @@ def worker(args: argparse.Namespace) -> None:
         net = contenders.resnet18(CLASSES)
         batch = contenders.Batch(args.batch_size, IMAGE, CLASSES)
     else:
-        net = contenders.perceptron([FEATURES, *args.hidden, *args.hidden, CLASSES])
+        sizes = [FEATURES, *args.hidden, *args.hidden, CLASSES]
+        device = "cpu" if args.worker in PLAIN else "meta"
+        net = contenders.perceptron(sizes, device)
     contender = make(net, batch, *args.density)
     del net
     for line in sys.stdin:

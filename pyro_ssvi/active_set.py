@@ -216,10 +216,9 @@ class ActiveSet:
     def csr_t(self) -> CSR:
         """The transposed matrix, row by row."""
         rows, cols = self.matrix_shape
-        perm = torch.argsort(self.indices % cols, stable=True)
-        row = (self.indices // cols)[perm]
-        crow = _offsets((self.indices % cols)[perm], cols)
-        return CSR(crow, _narrow(row), _narrow(perm), (cols, rows))
+        column, perm = self.csr.col.sort(stable=True)
+        crow, perm = _offsets(column, cols), _narrow(perm)
+        return CSR(crow, _narrow(self.indices[perm] // cols), perm, (cols, rows))
 
 
 def _narrow(indices: Tensor) -> Tensor:

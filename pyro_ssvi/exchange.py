@@ -14,7 +14,7 @@ from .active_set import ActiveSet
 __all__ = ["Move", "carry", "smallest", "swap", "top_inactive"]
 
 #: Bytes of scores held at once while a site is searched for coordinates to add.
-BLOCK_BYTES = 8 * 2**20
+BLOCK_BYTES = 2 * 2**20
 
 
 class Move(NamedTuple):

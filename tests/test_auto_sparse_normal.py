@@ -524,6 +524,16 @@ def test_copies_may_go_their_own_ways_with_parameters_in_their_modules():
         assert not torch.equal(guide.median()["w0"], before)
 
 
+def test_active_sets_do_not_change_by_a_load():
+    guide = AutoSparseNormal(bnn, density={"w0": 0.25})
+    guide(x, y)
+    active = guide.active_sets["w0"]
+    before = active.indices.clone()
+    guide.load_state_dict({**guide.state_dict(), "indices": torch.arange(12)})
+    assert torch.equal(active.indices, before)
+    assert torch.equal(guide.active_sets["w0"].indices, torch.arange(12))
+
+
 def test_active_sets_of_a_copy_follow_its_own_buffer():
     guide = AutoSparseNormal(bnn, density={"w0": 0.25})
     guide(x, y)

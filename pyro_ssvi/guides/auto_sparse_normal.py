@@ -71,6 +71,7 @@ class AutoSparseNormal(AutoGuide):
     """
 
     scale_constraint = constraints.softplus_positive
+    indices: Tensor  # of all sparse sites, one after the other
 
     def __init__(
         self,
@@ -214,6 +215,8 @@ class AutoSparseNormal(AutoGuide):
                 for name in ("loc_unconstrained", "scale_unconstrained", "indices")
             )
             self.take_sites(sites, torch.nn.Parameter(loc), torch.nn.Parameter(raw), indices)
+        if self.sites:
+            self.indices = torch.empty_like(self.indices)  # the old one is in active sets
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
 
     def saved_sites(self, state_dict: Mapping[str, Any], prefix: str = "") -> list[Site]:
@@ -267,7 +270,7 @@ class AutoSparseNormal(AutoGuide):
         buffer, version = self._made_from
         if buffer is not self.indices or version != self.indices._version:
             sizes = [site.k for site in self.sites if site.is_sparse]
-            parts = iter(self.indices.clone().split(sizes))
+            parts = iter(self.indices.split(sizes))
             self._active_sets = {
                 site.name: ActiveSet(next(parts), site.shape)
                 if site.is_sparse

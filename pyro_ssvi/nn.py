@@ -1,0 +1,110 @@
+"""Networks written in plain torch as Pyro models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.params import param_with_module_name
+from torch import Tensor, nn
+from torch.func import functional_call
+
+__all__ = ["Bayesianized", "bayesianize"]
+
+#: ``prior(name, shape)`` gives the prior of a parameter.
+Prior = Callable[[str, torch.Size], dist.TorchDistribution]
+
+_NORMALISATION = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+
+
+def bayesianize(
+    module: nn.Module,
+    prior: float | Prior = 1.0,
+    *,
+    trained: Collection[str] = (),
+    name: str = "net",
+) -> Bayesianized:
+    """Turn a network into a part of a Pyro model: its weights and biases become sample sites.
+
+    The parameters of normalisation layers stay parameters, trained by the same optimizer. A
+    weight that two layers share is one site. Call the result as you would the network, and give
+    its output a likelihood::
+
+        net = bayesianize(torchvision.models.resnet18(num_classes=10), prior=0.1)
+
+        def model(x, y=None):
+            logits = net(x)
+            with pyro.plate("data", len(x)):
+                pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
+
+    The numbers that the weights had are given up: nothing of their size is kept.
+
+    :param module: the network. It is taken over, not copied.
+    :param prior: standard deviation of independent normals around 0, or a
+        ``callable(name, shape)`` that gives each parameter's distribution. It is called in every
+        run of the model, so it may have sample statements of its own.
+    :param trained: names of more parameters that stay parameters.
+    :param name: prefix of the names of sites and parameters, ``"net.conv1.weight"``.
+    :raises ValueError: if ``trained`` names a parameter that is not there, or names them all.
+    """
+    return Bayesianized(module, prior, trained, name)
+
+
+class Bayesianized(nn.Module):
+    """What :func:`bayesianize` returns.
+
+    :ivar module: the network; its weights are empty.
+    :ivar shapes: shape of each parameter that is a sample site, by its name in the network.
+    """
+
+    def __init__(
+        self, module: nn.Module, prior: float | Prior, trained: Collection[str], name: str
+    ) -> None:
+        super().__init__()
+        self.module, self.prior, self.name = module, prior, name
+        parameters = dict(module.named_parameters())
+        unknown = sorted(set(trained) - set(parameters))
+        if unknown:
+            raise ValueError(f"trained names {unknown}, but the parameters are {list(parameters)}")
+        kept = {parameters[key] for key in trained}
+        for part in module.modules():
+            if isinstance(part, _NORMALISATION):
+                kept.update(part.parameters(recurse=False))
+        self.trained = [key for key, parameter in parameters.items() if parameter in kept]
+        self.shapes = {k: p.shape for k, p in parameters.items() if p not in kept}
+        if not self.shapes:
+            raise ValueError("no parameter of the module is left to be a sample site")
+        for key in self.shapes:
+            parameters[key].data = parameters[key].new_empty(0)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Draw the weights and run the network."""
+        parameters = dict(self.module.named_parameters())
+        values: dict[str, Tensor] = {}
+        for key in self.trained:
+            own = parameters[key]
+            full_name = param_with_module_name(self.name, key)
+            values[key] = pyro.param(full_name, own)
+            if values[key] is not own:
+                raise ValueError(
+                    f"the parameter store holds another {full_name!r}: give each network a name= "
+                    "of its own, or call pyro.clear_param_store() before you make a new one"
+                )
+        for key, shape in self.shapes.items():
+            values[key] = pyro.sample(f"{self.name}.{key}", self._prior(key, parameters[key]))
+            if values[key].shape[-len(shape) :] != shape:
+                raise ValueError(
+                    f"the prior of {key!r} gives values of shape {tuple(values[key].shape)}, "
+                    f"expected {tuple(shape)}"
+                )
+        return functional_call(self.module, values, args, kwargs)
+
+    def _prior(self, key: str, parameter: nn.Parameter) -> dist.TorchDistribution:
+        shape = self.shapes[key]
+        if callable(self.prior):
+            return self.prior(key, shape)
+        zero = parameter.new_zeros(())  # on the network's device, in its dtype
+        return dist.Normal(zero, self.prior).expand(shape).to_event(len(shape))
