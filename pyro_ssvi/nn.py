@@ -93,8 +93,12 @@ class Bayesianized(nn.Module):
                     f"the parameter store holds another {full_name!r}: give each network a name= "
                     "of its own, or call pyro.clear_param_store() before you make a new one"
                 )
+        prior = self.prior
+        if not callable(prior):
+            zero = parameters[next(iter(self.shapes))].new_zeros(())  # in the network's place
+            prior = _independent(dist.Normal(zero, prior))
         for key, shape in self.shapes.items():
-            values[key] = pyro.sample(f"{self.name}.{key}", self._prior(key, parameters[key]))
+            values[key] = pyro.sample(f"{self.name}.{key}", prior(key, shape))
             if values[key].shape[-len(shape) :] != shape:
                 raise ValueError(
                     f"the prior of {key!r} gives values of shape {tuple(values[key].shape)}, "
@@ -102,9 +106,6 @@ class Bayesianized(nn.Module):
                 )
         return functional_call(self.module, values, args, kwargs)
 
-    def _prior(self, key: str, parameter: nn.Parameter) -> dist.TorchDistribution:
-        shape = self.shapes[key]
-        if callable(self.prior):
-            return self.prior(key, shape)
-        zero = parameter.new_zeros(())  # on the network's device, in its dtype
-        return dist.Normal(zero, self.prior).expand(shape).to_event(len(shape))
+
+def _independent(base: dist.TorchDistribution) -> Prior:
+    return lambda key, shape: base.expand(shape).to_event(len(shape))
