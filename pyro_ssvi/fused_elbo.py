@@ -252,6 +252,8 @@ class _Run(Messenger):
             return
         if name not in self.values or name in self.latent:
             raise NotFusedError
+        if isinstance(msg["fn"], SubspacePrior):  # of a model that was wrapped before
+            msg["fn"] = msg["fn"].prior
         msg["value"], msg["done"] = self.values[name], True
         self.latent[name] = msg
 

@@ -9,7 +9,13 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.nn import PyroModule, PyroSample
 
-from pyro_ssvi import SSVI, AutoSparseNormal, ConstantSchedule, forbid_materialise
+from pyro_ssvi import (
+    SSVI,
+    AutoSparseNormal,
+    ConstantSchedule,
+    SubspaceModel,
+    forbid_materialise,
+)
 from pyro_ssvi.fused_elbo import NotFusedError
 
 x, y = torch.randn(20, 12), torch.randn(20)
@@ -228,6 +234,18 @@ def test_a_site_that_appears_later_is_pyro_s_business():
         svi._fused(model, (x, y), {})
     with pytest.warns(UserWarning, match="Found vars in model but not guide: {'late'}"):
         svi.step(x, y)
+
+
+def test_a_model_that_is_wrapped_already():
+    losses = []
+    for model in (plain, SubspaceModel(plain)):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(1)
+        guide = AutoSparseNormal(plain, density=0.3)
+        svi = SSVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+        with forbid_materialise():
+            losses.append([svi.step(x, y) for _ in range(3)])
+    assert losses[0] == losses[1]
 
 
 def test_bad_data_gets_pyro_s_message():
