@@ -9,6 +9,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.autoguide.initialization import init_to_feasible
@@ -20,11 +21,12 @@ from torch import Tensor
 from torch.distributions import biject_to, transform_to
 
 from ..active_set import ActiveSet
+from ..densities import Policy, check_density
 from ..distributions import SparseNormal, is_elementwise_real
 from ..exchange import Move, carry
 from ..random_state import leaving_no_trace
 from ..sparse_tensor import SparseTensor
-from .prototype import Density, SparseInitMessenger, check_density
+from .prototype import Density, ShapesMessenger, SparseInitMessenger
 from .site_table import (
     Site,
     density_differences,
@@ -57,9 +59,10 @@ class AutoSparseNormal(AutoGuide):
 
     :param model: a Pyro model.
     :param density: share of active coordinates, in (0, 1]: a number for all sites that are
-        sparse by default; or a mapping from names of sites (all others are dense; a 1-d site
-        is sparse only if named here); or a ``callable(name, shape)``, asked about each site
-        that is sparse by default.
+        sparse by default; or a policy from :mod:`pyro_ssvi.densities`, which shares out the
+        active coordinates among them; or a mapping from names of sites (all others are dense; a
+        1-d site is sparse only if named here); or a ``callable(name, shape)``, asked about each
+        site that is sparse by default.
     :param init_loc_fn: a per-site initialization function, see Pyro's autoguide documentation.
         Pyro's own functions draw K numbers for a sparse site; any other gives a value of the
         site's full shape once, of which the active entries are taken.
@@ -84,16 +87,16 @@ class AutoSparseNormal(AutoGuide):
     ) -> None:
         if isinstance(density, Mapping):
             density = {name: check_density(value, name) for name, value in density.items()}
-        elif not callable(density):
+        elif not (callable(density) or isinstance(density, Policy)):
             density = check_density(density)
         if not isinstance(init_scale, float) or not init_scale > 0:
             raise ValueError(f"expected a float init_scale > 0, got {init_scale!r}")
         self.density = density
         self.init_loc_fn = init_loc_fn
         self._init_scale = init_scale
-        super().__init__(
-            SparseInitMessenger(init_loc_fn, density)(model), create_plates=create_plates
-        )
+        self._init = SparseInitMessenger(init_loc_fn, density)
+        super().__init__(self._init(model), create_plates=create_plates)
+        self._bare_model = (model,)  # not registered as a submodule
         #: Known from the first call on, or from load_state_dict().
         self.sites: list[Site] = []
         self._made_from: tuple[Tensor | None, int] = (None, 0)
@@ -107,11 +110,20 @@ class AutoSparseNormal(AutoGuide):
         try:
             # A loaded guide goes on where it was saved, as if it had always known the model.
             with leaving_no_trace() if self.sites else nullcontext():
+                if isinstance(self.density, Policy):
+                    self._init.density = self._allocate(self.density, args, kwargs)
                 super()._setup_prototype(*args, **kwargs)
                 self._setup_parameters()
         except BaseException:
             self.prototype_trace = None  # or the next call would take the set-up for done
             raise
+
+    def _allocate(self, policy: Policy, args: tuple, kwargs: dict) -> dict[str, float]:
+        messenger = ShapesMessenger(self.init_loc_fn)
+        with leaving_no_trace():
+            poutine.block(messenger(self._bare_model[0]))(*args, **kwargs)
+        densities = policy.allocate(messenger.shapes)
+        return {name: check_density(value, name) for name, value in densities.items()}
 
     def _setup_parameters(self) -> None:
         trace: Any = self.prototype_trace

@@ -19,12 +19,13 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ..active_set import ActiveSet
+from ..densities import Policy, check_density
 from ..distributions import elementwise_base, is_elementwise_real, restrict
 from ..sparse_tensor import SparseTensor
 
-__all__ = ["Density", "SparseInitMessenger", "check_density"]
+__all__ = ["Density", "ShapesMessenger", "SparseInitMessenger"]
 
-Density = float | Mapping[str, float] | Callable[[str, torch.Size], float]
+Density = float | Mapping[str, float] | Callable[[str, torch.Size], float] | Policy
 
 # These treat every element alike: K of them need not be picked out of D.
 _ELEMENTWISE = (
@@ -34,18 +35,6 @@ _ELEMENTWISE = (
     init_to_sample,
     init_to_uniform,
 )
-
-
-def check_density(density: Any, site: str | None = None) -> float:
-    """``density`` as a float.
-
-    :raises ValueError: if it is not a number in (0, 1].
-    """
-    number = isinstance(density, float | int) and not isinstance(density, bool)
-    if not number or not 0 < density <= 1:
-        where = "" if site is None else f" of site {site!r}"
-        raise ValueError(f"expected a density{where} in (0, 1], got {density!r}")
-    return float(density)
 
 
 class SparseInitMessenger(InitMessenger):
@@ -121,10 +110,26 @@ class SparseInitMessenger(InitMessenger):
         return SparseTensor(value.to(like), active)
 
 
+class ShapesMessenger(SparseInitMessenger):
+    """Learns the shapes of the sites that are sparse by default; each gets a single 0."""
+
+    def __init__(self, init_loc_fn: Callable) -> None:
+        super().__init__(init_loc_fn, 0.5)
+        self.shapes: dict[str, torch.Size] = {}
+
+    def _sparse_value(self, msg: Any, density: float) -> SparseTensor:
+        self.shapes[msg["name"]] = shape = msg["fn"].shape()
+        base, _ = elementwise_base(msg["fn"])
+        zero = _prior_number(base).new_zeros(1)
+        return SparseTensor(zero, ActiveSet(zero.long(), shape))
+
+
 def _why_not_sparse(msg: Any) -> str | None:
     fn = msg["fn"]
     if fn.support.is_discrete:
         return "it is discrete"
+    if msg["fn"].shape().numel() == 0:
+        return "it has no elements"
     if not is_elementwise_real(fn):
         return f"its prior {fn} is not a distribution of independent real numbers"
     for frame in msg["cond_indep_stack"]:

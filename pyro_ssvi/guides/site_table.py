@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..active_set import ActiveSet
+from ..densities import Policy
 
 __all__ = ["NEEDS_MODEL", "Site", "read_table", "table", "table_differences"]
 
@@ -139,10 +140,12 @@ def _described(site: Site, other: Site) -> str:
 
 
 def density_differences(
-    sites: list[Site], density: float | Mapping[str, float] | Callable
+    sites: list[Site], density: float | Mapping[str, float] | Callable | Policy
 ) -> list[str]:
     """What can be known of the differences before the model has run: sizes of sparse sites."""
-    lines = []
+    lines: list[str] = []
+    if isinstance(density, Policy):
+        return lines  # which sites take part, only the model can tell
     for site in sites:
         if isinstance(density, Mapping):
             share = density.get(site.name, 1.0)
