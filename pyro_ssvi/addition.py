@@ -20,9 +20,10 @@ class Gradient:
     """Add where the loss's gradient with respect to the inactive coordinate is largest.
 
     This is the paper's criterion (arXiv 2402.11025, section 3.3), with the expectation under q
-    estimated from the draws of ``batches`` training steps, or replaced by its value at the mean.
+    estimated from draws in the last training steps, or replaced by its value at the mean.
 
     :param batches: gradients are averaged over the last so many steps before an exchange.
+    :param samples: and in each over so many draws; all but the step's own cost a pass each.
     :param at: ``"sample"`` takes the gradient of the training steps themselves, which costs no
         extra pass; ``"mean"`` makes an extra pass for each batch with q at its mean.
     :param score: ``score(gradient) -> scores`` of the same shape, elementwise; the largest are
@@ -30,14 +31,19 @@ class Gradient:
     """
 
     batches: int = 1
+    samples: int = 1
     at: str = "sample"
     score: Callable[[Tensor], Tensor] = torch.abs
 
     def __post_init__(self) -> None:
-        if not isinstance(self.batches, int) or self.batches < 1:
-            raise ValueError(f"Gradient expects batches >= 1, got {self.batches!r}")
+        for name in ("batches", "samples"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"Gradient expects {name} >= 1, got {value!r}")
         if self.at not in ("sample", "mean"):
             raise ValueError(f"Gradient expects at='sample' or at='mean', got {self.at!r}")
+        if self.at == "mean" and self.samples > 1:
+            raise ValueError("Gradient(at='mean') draws no samples: leave out samples=")
 
     def choose(self, active: ActiveSet, n: int, record: GradientRecord) -> Tensor:
         """``n`` inactive coordinates, as flat indices.
@@ -47,8 +53,8 @@ class Gradient:
 
         def block(start: int, stop: int) -> Tensor:
             gradient = record.block(active, start, stop)
-            if self.batches > 1:
-                gradient = gradient / self.batches
+            if self.batches * self.samples > 1:
+                gradient = gradient / (self.batches * self.samples)
             scores = self.score(gradient)
             if scores.shape != gradient.shape or not scores.is_floating_point():
                 raise ValueError(

@@ -240,7 +240,7 @@ class SSVI(SVI):
             raise ValueError(f"expected a share in [0, 1], got {share!r}")
         self._record = GradientRecord()
         if isinstance(self.addition, Gradient):
-            self._backward(args, kwargs)
+            self._backward(args, kwargs, times=self.addition.samples)
         return self._exchange(share)
 
     def _kl_weight(self) -> float:
@@ -292,16 +292,18 @@ class SSVI(SVI):
         """Have the gradient of whole sites recorded, in the step itself where that will do."""
         assert isinstance(self.addition, Gradient)
         if self.addition.at == "sample":
+            self._backward(args, kwargs, times=self.addition.samples - 1)
             stack.enter_context(self._record)
         else:
             self._backward(args, kwargs)
 
-    def _backward(self, args: tuple, kwargs: dict) -> None:
-        """Record the gradient of one batch, and leave none with the parameters."""
+    def _backward(self, args: tuple, kwargs: dict, times: int = 1) -> None:
+        """Record gradients of one batch, and leave none with the parameters."""
         at_mean = isinstance(self.addition, Gradient) and self.addition.at == "mean"
         guide = _AtMean()(self.guide) if at_mean else self.guide
         with poutine.trace(param_only=True) as capture, self._record:
-            self.loss_and_grads(self.model, guide, *args, **kwargs)
+            for _ in range(times):
+                self.loss_and_grads(self.model, guide, *args, **kwargs)
         zero_grads({node["value"].unconstrained() for node in capture.trace.nodes.values()})
 
     def _exchange(self, share: float) -> dict[str, int]:

@@ -68,5 +68,9 @@ def test_names_and_bad_input():
         addition_criterion("momentum")
     with pytest.raises(ValueError, match="batches >= 1"):
         Gradient(batches=0)
+    with pytest.raises(ValueError, match="samples >= 1"):
+        Gradient(samples=1.5)
+    with pytest.raises(ValueError, match="draws no samples"):
+        Gradient(at="mean", samples=2)
     with pytest.raises(ValueError, match="at='sample'"):
         Gradient(at="mode")

@@ -265,6 +265,31 @@ def test_the_record_holds_the_gradient_of_the_mean(local_reparam):
     assert not guide.active_sets["w0"].same(active)
 
 
+@pytest.mark.parametrize("by_schedule", [False, True])
+def test_gradients_of_samples_are_averaged(by_schedule, monkeypatch):
+    seen, single = [], []
+    original = GradientRecord.add_product
+
+    def spy(self, active, g, x):
+        if active.shape == (10, 12):
+            single.append(g @ x.t())
+        original(self, active, g, x)
+
+    monkeypatch.setattr(GradientRecord, "add_product", spy)
+    _guide, svi = make(
+        addition=Gradient(batches=1, samples=4, score=lambda g: seen.append(g) or g.abs()),
+        schedule=ConstantSchedule(every=2),
+    )
+    svi.step(x, y)
+    if by_schedule:
+        svi.step(x, y)
+    else:
+        svi.exchange(x, y, share=0.3)
+    assert len(single) == 4
+    assert not torch.equal(single[0], single[1])
+    torch.testing.assert_close(seen[0], sum(single) / 4)
+
+
 def test_gradients_of_batches_are_averaged():
     seen = []
     _guide, svi = make(
