@@ -1,0 +1,157 @@
+"""What to look at while training, and after it, that the usual libraries do not have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from .active_set import ActiveSet
+from .distributions import SubspaceMessenger
+
+__all__ = [
+    "ELBOParts",
+    "Uncertainty",
+    "class_calibration_error",
+    "elbo_parts",
+    "overlap",
+    "uncertainty",
+]
+
+
+class ELBOParts(NamedTuple):
+    """The two sides of an ELBO, in nats.
+
+    :ivar log_likelihood: expected log likelihood of what is observed.
+    :ivar kl: divergence of the posterior from the prior, by site.
+    """
+
+    log_likelihood: float
+    kl: dict[str, float]
+
+    @property
+    def elbo(self) -> float:
+        """The ELBO at a KL weight of 1."""
+        return self.log_likelihood - sum(self.kl.values())
+
+
+@torch.no_grad()
+def elbo_parts(
+    model: Callable, guide: Callable, *args: Any, num_particles: int = 1, **kwargs: Any
+) -> ELBOParts:
+    """Likelihood and KL divergence apart, for a sparse guide or any other::
+
+        parts = elbo_parts(model, guide, x, y)
+        print(f"log likelihood {parts.log_likelihood:.0f}, KL {sum(parts.kl.values()):.0f}")
+
+    The KL divergence is in closed form where torch has one, else estimated. It is normal that
+    it rises while the likelihood does: data move the posterior away from the prior.
+
+    :param model: the model as :class:`~pyro_ssvi.SSVI` got it, without enumerated sites.
+    :param guide: its guide; ``*args, **kwargs`` are those of both.
+    :param num_particles: how many draws the expectations are averaged over.
+    """
+    log_likelihood = 0.0
+    kl: dict[str, float] = {}
+    for _ in range(num_particles):
+        guide_trace = prune_subsample_sites(poutine.trace(guide).get_trace(*args, **kwargs))
+        with SubspaceMessenger():
+            model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(
+                *args, **kwargs
+            )
+        for name, site in prune_subsample_sites(model_trace).nodes.items():
+            if site["type"] != "sample":
+                continue
+            if site["is_observed"]:
+                log_likelihood += float(_log_prob(site)) / num_particles
+            elif name in guide_trace:
+                each = _kl(guide_trace.nodes[name], site)
+                kl[name] = kl.get(name, 0.0) + float(each) / num_particles
+        for name, site in guide_trace.nodes.items():
+            if site["type"] == "sample" and name not in model_trace:
+                # What AutoNormal draws for a constrained site, and then transforms.
+                kl[name.removesuffix("_unconstrained")] += float(_log_prob(site)) / num_particles
+    return ELBOParts(log_likelihood, kl)
+
+
+def _kl(guide_site: Any, model_site: Any) -> Tensor:
+    try:
+        kl = kl_divergence(guide_site["fn"], model_site["fn"])
+    except NotImplementedError:
+        return _log_prob(guide_site) - _log_prob(model_site)
+    return scale_and_mask(kl, guide_site["scale"], guide_site["mask"]).sum()
+
+
+def _log_prob(site: Any) -> Tensor:
+    log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    return scale_and_mask(log_prob, site["scale"], site["mask"]).sum()
+
+
+class Uncertainty(NamedTuple):
+    """How unsure a prediction is, in nats, ``[N]`` each.
+
+    :ivar total: entropy of the mean prediction.
+    :ivar epistemic: what the weights share in it: the mutual information of label and weights.
+    """
+
+    total: Tensor
+    epistemic: Tensor
+
+
+def uncertainty(probs: Tensor) -> Uncertainty:
+    """Entropy of a posterior prediction, and its epistemic part (Depeweg et al., ICML 2018).
+
+    Out-of-distribution data should have more of both.
+
+    :param probs: class probabilities of each posterior sample, ``[S, N, classes]``.
+    """
+    total = torch.special.entr(probs.mean(0)).sum(-1)
+    return Uncertainty(total, total - torch.special.entr(probs).sum(-1).mean(0))
+
+
+def class_calibration_error(probs: Tensor, labels: Tensor, bins: int = 15) -> Tensor:
+    """Class-wise L2 calibration error, debiased: what the SSVI paper calls ECE.
+
+    The root of the mean over classes of ``E (p - P(label | p))^2``, by bins of equal counts, from
+    which the noise of the bins' frequencies is taken out (Kumar, Liang, Ma, NeurIPS 2019, section
+    5). The usual top-label ECE is torchmetrics' ``multiclass_calibration_error``.
+
+    :param probs: ``[N, classes]``.
+    :param labels: int64 ``[N]``.
+    :return: a number, 0 where the estimate of its square is negative.
+    """
+    hits = torch.nn.functional.one_hot(labels, probs.shape[-1]).to(probs)
+    order = probs.argsort(0)
+    squares = probs.new_zeros(probs.shape[-1])
+    for part in order.tensor_split(bins):
+        n = len(part)
+        if n < 2:
+            continue
+        rate = hits.gather(0, part).mean(0)
+        gap = (probs.gather(0, part).mean(0) - rate).square()
+        squares += n / len(probs) * (gap - rate * (1 - rate) / (n - 1))
+    return squares.mean().clamp(min=0).sqrt()
+
+
+def overlap(before: Mapping[str, ActiveSet], after: Mapping[str, ActiveSet]) -> dict[str, float]:
+    """How much of each site's active set is the same at two times, as intersection over union.
+
+    Active sets never change, so ``guide.active_sets`` may be kept for later::
+
+        before = guide.active_sets
+        train(...)
+        overlap(before, guide.active_sets)
+
+    :return: 1 for a site whose active set is the same, 0 for one that shares nothing.
+    """
+    result = {}
+    for name, first in before.items():
+        both = int(torch.isin(first.indices, after[name].indices, assume_unique=True).sum())
+        result[name] = both / (len(first) + len(after[name]) - both)
+    return result
