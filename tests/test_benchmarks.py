@@ -1,12 +1,17 @@
 """The benchmarks run from the command line. Nothing is asserted about how long things take."""
 
+import dataclasses
+import gzip
 import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -83,3 +88,98 @@ def test_bad_arguments_start_no_worker(arguments, message, tmp_path):
     result = run("training_step.py", arguments, tmp_path)
     assert result.returncode != 0
     assert message in result.stderr
+
+
+def images(folder: Path, seed: int, prefix: str, n: int) -> None:
+    """A part of a data set in Fashion-MNIST's format: a bright bar, whose place is the label."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, 10, n, dtype=np.uint8)
+    pixels = generator.integers(0, 60, (n, 28, 28), dtype=np.uint8)
+    for image, label in zip(pixels, labels, strict=True):
+        image[:, 2 * label + 4] = 250
+    for kind, array in (("images-idx3", pixels), ("labels-idx1", labels)):
+        header = bytes([0, 0, 8, array.ndim]) + b"".join(
+            size.to_bytes(4, "big") for size in array.shape
+        )
+        with gzip.open(folder / f"{prefix}-{kind}-ubyte.gz", "wb") as file:
+            file.write(header + array.tobytes())
+
+
+@pytest.fixture
+def quality(tmp_path, monkeypatch):
+    """The module of the study, with few settings of each kind and few images."""
+    images(tmp_path, 0, "train", 600)
+    images(tmp_path, 1, "t10k", 100)
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import quality
+    import quality_parts
+    import quality_runs
+
+    monkeypatch.setattr(quality_runs, "CALIBRATION", 100)
+    monkeypatch.setattr(quality_runs, "NUM_SAMPLES", 2)
+    small = {
+        part: [
+            dataclasses.replace(setting, net="8-8", epochs=2, batch_size=32, every=5)
+            if part != "lenet"
+            else dataclasses.replace(setting, epochs=1, batch_size=300)
+            for setting in settings
+            if setting.seed < 2
+        ][:keep]
+        for (part, settings), keep in zip(
+            quality_parts.PARTS.items(), (9, 2, 2, 0, 1, 0, 1, 2, 2), strict=True
+        )
+    }
+    for module in (quality, sys.modules["quality_page"]):
+        monkeypatch.setattr(module, "PARTS", small)
+    monkeypatch.setattr(quality, "ProcessPoolExecutor", InProcess)
+    yield quality
+    torch.set_num_threads(1)
+    for module in ("quality", "quality_parts", "quality_runs", "quality_page"):
+        sys.modules.pop(module, None)
+
+
+class InProcess(ThreadPoolExecutor):
+    """Runs one after another, in the order of their submission."""
+
+    def __init__(self, jobs, initializer, initargs):
+        super().__init__(1, initializer=initializer, initargs=initargs)
+
+
+def test_quality_study_is_resumable_and_fills_its_page(quality, tmp_path, capsys):
+    path = tmp_path / "results.jsonl"
+    arguments = ["--data-dir", str(tmp_path), "--results", str(path)]
+    page = tmp_path / "quality.md"
+    names = ("densities", "longer", "steps", "wider", "lenet", "without_posterior", "criteria")
+    names += ("exchanges", "agreement", "robustness", "elsewhere")
+    marks = "".join(f"<!-- table: {name} -->\n<!-- end -->\n\n" for name in names)
+    page.write_text(f"Before.\n\n{marks}After.\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quality.quality_page, "PAGE", page)
+        quality.main([*arguments, "--part", "densities", "agreement"])
+        first = quality.read(path)
+        with path.open("a") as file:
+            file.write('{"setting": {"method"')  # as if it had been stopped while writing
+        quality.main(arguments)
+    rows = quality.read(path)
+    assert rows[: len(first)] == first
+    settings = [json.dumps(row["setting"]) for row in rows if "setting" in row]
+    assert len(set(settings)) == len(settings)
+    dense = [row for row in rows if row.get("setting", {}).get("method") == "autonormal"]
+    sparse = [row for row in rows if row.get("setting", {}).get("density", 1) < 1]
+    assert dense[0]["active"] == 784 * 8 + 8 + 8 * 8 + 8 + 8 * 10 + 10
+    assert all(row["active"] < dense[0]["active"] for row in sparse if "net" in row["setting"])
+    assert all(0 <= row["accuracy"] <= 1 and row["nll"] > 0 for row in dense + sparse)
+    assert max(row["accuracy"] for row in rows if "accuracy" in row) > 0.5  # it learns
+    text = page.read_text()
+    assert text.startswith("Before.")
+    assert text.endswith("After.\n")
+    assert "| SSVI 5 % |" in text
+    assert page.with_name("quality-densities.png").stat().st_size > 10_000
+    assert page.with_name("quality-robustness.png").stat().st_size > 10_000
+    assert "left out a line" in capsys.readouterr().err
+
+
+def test_quality_study_asks_for_data(quality, capsys):
+    with pytest.raises(SystemExit):
+        quality.main([])
+    assert "--data-dir is needed" in capsys.readouterr().err

@@ -1,0 +1,168 @@
+"""What the quality study asks, part by part, as lists of settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+
+from quality_runs import Setting
+
+__all__ = ["PARTS", "SEEDS", "quick"]
+
+SEEDS = (0, 1, 2)
+
+SPARSE = Setting()
+# Learning rate, KL weight and prior scale of each were chosen on held-out training images.
+DENSE = Setting(method="autonormal", density=1.0, lr=1e-3, kl_weight=0.1, share=0.0)
+DENSE_LOCAL = Setting(density=1.0, lr=1e-3, local=True, share=0.0)
+NET = Setting(method="deterministic", density=1.0, lr=1e-3, share=0.0)
+
+
+def seeds(settings: list[Setting]) -> list[Setting]:
+    return [replace(setting, seed=seed) for seed in SEEDS for setting in settings]
+
+
+def densities() -> list[Setting]:
+    """Dense against sparse at equal epochs, and sparse for three times as many."""
+    return seeds(
+        [
+            DENSE,
+            replace(DENSE, kl_weight=0.01),
+            DENSE_LOCAL,
+            NET,
+            *(replace(SPARSE, density=d) for d in (0.2, 0.1, 0.05, 0.02, 0.01)),
+            *(replace(SPARSE, density=d, epochs=30) for d in (0.1, 0.05, 0.02)),
+        ]
+    )
+
+
+def wider() -> list[Setting]:
+    """Wider and sparser: about as many active weights in nets of 0.5, 1.3 and 3.8 million."""
+    return seeds(
+        [
+            *(
+                replace(SPARSE, net=net, density=d)
+                for net, d in (("400-400", 0.2), ("800-800", 0.075), ("1600-1600", 0.025))
+            ),
+            replace(SPARSE, net="1600-1600", density=0.05),
+        ]
+    )
+
+
+def criteria() -> list[Setting]:
+    """What is removed, and what is added, at 2 % of the weights, where it matters."""
+    at = replace(SPARSE, density=0.02)
+    return seeds(
+        [
+            at,
+            *(
+                replace(at, removal=removal)
+                for removal in (
+                    "abs_mean",
+                    "snr",
+                    "mean_abs",
+                    "mean_exp_abs",
+                    "snr_exp_abs",
+                )
+            ),
+            replace(at, addition="random"),
+            replace(at, batches=10),
+            replace(at, share=0.0),
+        ]
+    )
+
+
+def exchanges() -> list[Setting]:
+    """How often, how many, from what first set of densities."""
+    at = replace(SPARSE, density=0.02)
+    return seeds(
+        [
+            *(replace(at, every=every) for every in (25, 400)),
+            *(replace(at, share=share) for share in (0.1, 0.6)),
+            replace(at, policy="uniform"),
+            replace(at, init_loc="feasible"),
+            replace(at, policy="first-dense", density=0.02),
+        ]
+    )
+
+
+def agreement() -> list[Setting]:
+    """How alike the criteria's choices are in the course of training."""
+    return [replace(SPARSE, agreement=True)]
+
+
+def without_posterior() -> list[Setting]:
+    """Sparse nets without a posterior, with a fitted temperature: RigL and SET."""
+    plain = replace(SPARSE, method="rigl", removal="abs_mean")
+    return seeds(
+        [
+            replace(plain, density=d, addition=addition, tempered=tempered)
+            for d, addition, tempered in (
+                (0.05, "gradient", False),
+                (0.05, "gradient", True),
+                (0.05, "random", True),
+                (0.02, "gradient", True),
+            )
+        ]
+    )
+
+
+def lenet() -> list[Setting]:
+    """LeNet-5, whose published figures are beside ours."""
+    return seeds(
+        [
+            replace(NET, net="lenet"),
+            replace(SPARSE, net="lenet", density=0.1, epochs=30),
+        ]
+    )
+
+
+def robustness() -> list[Setting]:
+    """Two epochs each at 27 settings, dense and sparse."""
+    grid = product((1e-4, 1e-3, 1e-2), (1e-3, 1e-2, 1e-1), (0.03, 0.1, 1.0))
+    return [
+        replace(base, lr=lr, init_scale=init_scale, prior_scale=prior_scale, epochs=2)
+        for lr, init_scale, prior_scale in grid
+        for base in (DENSE, SPARSE)
+    ]
+
+
+def steps() -> list[Setting]:
+    """To be timed."""
+    return [
+        DENSE,
+        DENSE_LOCAL,
+        NET,
+        *(replace(SPARSE, density=d) for d in (0.2, 0.1, 0.05, 0.02, 0.01)),
+        replace(SPARSE, net="800-800", density=0.075),
+        replace(SPARSE, net="1600-1600", density=0.025),
+        replace(SPARSE, net="1600-1600", density=0.05),
+    ]
+
+
+_PARTS: tuple[Callable[[], list[Setting]], ...] = (
+    densities,
+    criteria,
+    without_posterior,
+    wider,
+    lenet,
+    exchanges,
+    agreement,
+    robustness,
+    steps,
+)
+PARTS: dict[str, list[Setting]] = {part.__name__: part() for part in _PARTS}
+
+
+def quick(settings: list[Setting]) -> list[Setting]:
+    """A small version of a study: the first seed, one epoch, a smaller grid, small nets."""
+    few = [
+        replace(setting, epochs=min(setting.epochs, 1 if setting.epochs < 30 else 2))
+        for setting in settings
+        if setting.seed == 0
+        and setting.net in ("400-400", "lenet")
+        and setting.prior_scale == 0.1
+        and setting.lr >= 1e-3
+    ]
+    return list(dict.fromkeys(few))
