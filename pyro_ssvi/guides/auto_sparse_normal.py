@@ -66,7 +66,8 @@ class AutoSparseNormal(AutoGuide):
     :param init_loc_fn: a per-site initialization function, see Pyro's autoguide documentation.
         Pyro's own functions draw K numbers for a sparse site; any other gives a value of the
         site's full shape once, of which the active entries are taken.
-    :param init_scale: initial standard deviation of each (unconstrained) active coordinate.
+    :param init_scale: initial standard deviation of each (unconstrained) active coordinate. Its
+        default is smaller than AutoNormal's 0.1, for the sake of large models.
     :param create_plates: as for AutoNormal.
     :raises ValueError: at once for a density outside (0, 1]; at the first call for a name that
         the model does not have, a site that cannot be sparse, or one that would get no active
@@ -82,7 +83,7 @@ class AutoSparseNormal(AutoGuide):
         *,
         density: Density = 0.1,
         init_loc_fn: Callable = init_to_feasible,
-        init_scale: float = 0.1,
+        init_scale: float = 0.01,
         create_plates: Callable | None = None,
     ) -> None:
         if isinstance(density, Mapping):

@@ -1,0 +1,165 @@
+"""Plots of a guide and of its training. Each draws on an Axes and returns it; none shows it.
+
+They need matplotlib (``pip install pyro-ssvi[examples]``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .active_set import ActiveSet
+from .diagnostics import overlap
+from .guides import AutoSparseNormal
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["active_set", "densities", "elbo", "posterior", "reliability", "turnover"]
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # told apart by the colour-blind too
+
+
+def elbo(losses: Sequence[float], ax: Axes | None = None, window: int = 100) -> Axes:
+    """The loss by step, and its running mean.
+
+    :param losses: what ``svi.step()`` returned.
+    :param window: steps that the mean is over.
+    """
+    ax = _axes(ax)
+    values = torch.as_tensor(losses, dtype=torch.float64)
+    ax.plot(range(1, len(values) + 1), values, color=GREY, lw=0.5, alpha=0.6)
+    if len(values) >= window:
+        means = values.unfold(0, window, 1).mean(-1)
+        ax.plot(range(window, len(values) + 1), means, color=BLUE, label=f"mean of {window} steps")
+        ax.legend(frameon=False)
+    return _finish(ax, title="Negative ELBO", xlabel="step")
+
+
+def densities(guide: AutoSparseNormal, ax: Axes | None = None) -> Axes:
+    """The share of active coordinates of each site, with their number."""
+    ax = _axes(ax)
+    sets = guide.active_sets
+    shares = [100 * active.density for active in sets.values()]
+    bars = ax.barh(range(len(sets)), shares, color=BLUE)
+    ax.bar_label(bars, [f"{len(active):,}" for active in sets.values()], padding=3, fontsize=8)
+    ax.set_yticks(range(len(sets)), list(sets))
+    ax.invert_yaxis()
+    ax.set_xlim(0, 118)  # room for the numbers
+    return _finish(ax, title="Active coordinates", xlabel="% of the site")
+
+
+def turnover(history: Sequence[Mapping[str, ActiveSet]], ax: Axes | None = None) -> Axes:
+    """How much of each active set is the same as the last one of the history.
+
+    :param history: ``guide.active_sets`` at one time after another.
+    """
+    ax = _axes(ax)
+    kept = [overlap(sets, history[-1]) for sets in history]
+    for name, active in history[-1].items():
+        if not active.is_full:
+            ax.plot([100 * each[name] for each in kept], ".-", label=name)
+    ax.legend(frameon=False)
+    ax.set_ylim(0, 103)
+    return _finish(ax, title="Overlap with the last active set, %", xlabel="time")
+
+
+def active_set(
+    active: ActiveSet, image_shape: tuple[int, int] | None = None, ax: Axes | None = None
+) -> Axes:
+    """Where the active coordinates lie.
+
+    :param image_shape: height and width, for weights ``[out, height * width]`` of images: how many
+        units look at each pixel. By default the site's matrix itself, in cells of several
+        coordinates if it is large.
+    """
+    ax = _axes(ax)
+    rows, cols = active.matrix_shape
+    index = active.indices.cpu()
+    if image_shape is not None:
+        height, width = image_shape
+        if cols % (height * width):
+            raise ValueError(
+                f"image_shape {image_shape} has {height * width} pixels, but the site's rows have "
+                f"{cols} elements"
+            )
+        counts = torch.bincount(index % (height * width), minlength=height * width)
+        image, title = counts.reshape(height, width), "Active weights of each pixel"
+    else:
+        n, m = min(rows, 200), min(cols, 200)
+        cell = index // cols * n // rows * m + index % cols * m // cols
+        image, title = torch.bincount(cell, minlength=n * m).reshape(n, m), "Active coordinates"
+    drawn = ax.imshow(
+        image.tolist(), cmap="viridis", aspect="equal" if image_shape else "auto", vmin=0
+    )
+    ax.figure.colorbar(drawn, ax=ax, shrink=0.8)
+    ax.set(title=title, xticks=[], yticks=[])
+    return ax
+
+
+def posterior(
+    guide: AutoSparseNormal, site: str, names: Sequence[str] | None = None, ax: Axes | None = None
+) -> Axes:
+    """Means and 95 % intervals of a site's active coordinates, the 30 with the surest sign first.
+
+    :param names: of the site's elements, in the order of its flattened value.
+    """
+    ax = _axes(ax)
+    active = guide.active_sets[site].indices.cpu()
+    low, middle, high = (
+        value.flatten().cpu()[active] for value in guide.quantiles([0.025, 0.5, 0.975])[site]
+    )
+    order = (middle.abs() / (high - low)).argsort(descending=True)[:30]
+    low, middle, high, active = (part[order] for part in (low, middle, high, active))
+    bars = torch.stack([middle - low, high - middle])
+    places = range(len(order))
+    ax.errorbar(middle, places, xerr=bars, fmt="o", color=BLUE, ms=4, capsize=2)
+    ax.axvline(0, color=GREY, lw=1)
+    ax.set_yticks(places, [str(i) if names is None else names[i] for i in active.tolist()])
+    ax.invert_yaxis()
+    return _finish(ax, title=f"{site}: mean and 95 % interval")
+
+
+def reliability(
+    probs: Tensor, labels: Tensor, bins: int = 15, label: str | None = None, ax: Axes | None = None
+) -> Axes:
+    """Accuracy against confidence: on the diagonal, probabilities mean what they say.
+
+    :param probs: class probabilities, ``[N, classes]``.
+    :param labels: int64 ``[N]``.
+    """
+    ax = _axes(ax)
+    confidence, predicted = probs.max(-1)
+    right = (predicted == labels).to(probs)
+    place = (confidence * bins).long().clamp(max=bins - 1)
+    count = torch.bincount(place, minlength=bins)
+    some = count > 0
+    x, y = (
+        (torch.bincount(place, weights, minlength=bins) / count)[some].cpu()
+        for weights in (confidence, right)
+    )
+    if not ax.lines:
+        ax.plot([0, 1], [0, 1], color=GREY, lw=1)
+    ax.plot(x, y, "o-", ms=4, label=label)
+    if label is not None:
+        ax.legend(frameon=False)
+    return _finish(ax, title="Reliability", xlabel="confidence", ylabel="accuracy")
+
+
+def _axes(ax: Axes | None) -> Any:
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt  # not needed by those who plot nothing
+
+    return plt.subplots(layout="constrained")[1]
+
+
+def _finish(ax: Any, **labels: str) -> Axes:
+    ax.set(**labels)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.25)
+    ax.set_axisbelow(True)
+    return ax
