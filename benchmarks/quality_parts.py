@@ -120,10 +120,10 @@ def lenet() -> list[Setting]:
 
 
 def robustness() -> list[Setting]:
-    """Two epochs each at 18 settings, dense and sparse."""
+    """One epoch each at 18 settings, dense and sparse."""
     grid = product((1e-4, 1e-3, 1e-2), (1e-3, 1e-2, 1e-1), (0.1, 1.0))
     return [
-        replace(base, lr=lr, init_scale=init_scale, prior_scale=prior_scale, epochs=2)
+        replace(base, lr=lr, init_scale=init_scale, prior_scale=prior_scale, epochs=1)
         for lr, init_scale, prior_scale in grid
         for base in (DENSE, SPARSE)
     ]
@@ -144,13 +144,13 @@ def steps() -> list[Setting]:
 
 _PARTS: tuple[Callable[[], list[Setting]], ...] = (
     densities,
-    criteria,
-    without_posterior,
     wider,
     lenet,
-    exchanges,
+    without_posterior,
+    criteria,
     agreement,
     robustness,
+    exchanges,
     steps,
 )
 PARTS: dict[str, list[Setting]] = {part.__name__: part() for part in _PARTS}

@@ -6,10 +6,11 @@ They need matplotlib (``pip install pyro-ssvi[examples]``).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, unravel_index
 
 from .active_set import ActiveSet
 from .diagnostics import overlap
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["active_set", "densities", "elbo", "posterior", "reliability", "turnover"]
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # told apart by the colour-blind too
+# Okabe and Ito's, told apart by the colour-blind too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+BLUE, GREY = COLOURS[0], "#999999"
 
 
 def elbo(losses: Sequence[float], ax: Axes | None = None, window: int = 100) -> Axes:
@@ -59,9 +62,9 @@ def turnover(history: Sequence[Mapping[str, ActiveSet]], ax: Axes | None = None)
     """
     ax = _axes(ax)
     kept = [overlap(sets, history[-1]) for sets in history]
-    for name, active in history[-1].items():
-        if not active.is_full:
-            ax.plot([100 * each[name] for each in kept], ".-", label=name)
+    sparse = [name for name, active in history[-1].items() if not active.is_full]
+    for name, colour in zip(sparse, cycle(COLOURS), strict=False):
+        ax.plot([100 * each[name] for each in kept], ".-", label=name, color=colour)
     ax.legend(frameon=False)
     ax.set_ylim(0, 103)
     return _finish(ax, title="Overlap with the last active set, %", xlabel="time")
@@ -105,9 +108,11 @@ def posterior(
 ) -> Axes:
     """Means and 95 % intervals of a site's active coordinates, the 30 with the surest sign first.
 
-    :param names: of the site's elements, in the order of its flattened value.
+    :param names: of the site's elements, in the order of its flattened value; by default their
+        indices.
     """
     ax = _axes(ax)
+    shape = guide.active_sets[site].shape
     active = guide.active_sets[site].indices.cpu()
     low, middle, high = (
         value.flatten().cpu()[active] for value in guide.quantiles([0.025, 0.5, 0.975])[site]
@@ -118,7 +123,12 @@ def posterior(
     places = range(len(order))
     ax.errorbar(middle, places, xerr=bars, fmt="o", color=BLUE, ms=4, capsize=2)
     ax.axvline(0, color=GREY, lw=1)
-    ax.set_yticks(places, [str(i) if names is None else names[i] for i in active.tolist()])
+    if names is None:
+        where = zip(*(i.tolist() for i in unravel_index(active, shape)), strict=True)
+        labels = [", ".join(map(str, index)) for index in where]
+    else:
+        labels = [names[i] for i in active.tolist()]
+    ax.set_yticks(places, labels, fontsize=8)
     ax.invert_yaxis()
     return _finish(ax, title=f"{site}: mean and 95 % interval")
 

@@ -404,6 +404,9 @@ def test_summary_is_a_table():
     assert summary.total.active == 12 + 8 + 2 + 1
     assert "8 x 6" in str(summary)
     assert "25.00%" in str(summary)
+    html = summary._repr_html_()
+    assert html.count("<tr>") == 1 + len(summary.rows) + 1
+    assert "<td>8 x 6</td>" in html
 
 
 # Bad input: one clear error each, before any work is lost.

@@ -75,6 +75,14 @@ def test_posterior_shows_the_surest_first(guide):
     assert labels == [f"w{i}" for i in guide.active_sets["w"].indices.flip(0).tolist()]
 
 
+def test_posterior_names_coordinates_by_their_index(guide):
+    guide.loc_unconstrained.data[:18] = torch.arange(18.0)
+    labels = plot.posterior(guide, "w").get_yticklabels()
+    flat = int(guide.active_sets["w"].indices[-1])
+    assert labels[0].get_text() == f"{flat // 12}, {flat % 12}"
+    assert plot.posterior(guide, "v").get_yticklabels()[0].get_text() in "012345"
+
+
 def test_reliability_on_the_axes_that_are_given():
     _figure, ax = plt.subplots()
     probs = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.45, 0.55], [0.2, 0.8]])

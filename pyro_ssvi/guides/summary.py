@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from html import escape
 from typing import NamedTuple
 
 from ..active_set import ActiveSet
@@ -57,22 +58,26 @@ class Summary:
             sum(row.autonormal_bytes for row in self.rows),
         )
 
-    def __str__(self) -> str:
-        header = ("site", "shape", "active", "density", "bytes", "AutoNormal")
-        lines = [header]
+    def _lines(self) -> list[tuple[str, ...]]:
+        lines: list[tuple[str, ...]] = [
+            ("site", "shape", "active", "density", "bytes", "AutoNormal")
+        ]
         for row in (*self.rows, self.total):
-            shape = " x ".join(map(str, row.shape))
             lines.append(
                 (
                     row.site,
-                    shape,
+                    " x ".join(map(str, row.shape)),
                     f"{row.active:,}",
                     f"{row.density:.2%}",
                     f"{row.bytes:,}",
                     f"{row.autonormal_bytes:,}",
                 )
             )
-        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+        return lines
+
+    def __str__(self) -> str:
+        lines = self._lines()
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = [
             "  ".join(
                 cell.ljust(width) if i < 2 else cell.rjust(width)
@@ -84,3 +89,11 @@ class Summary:
         return "\n".join([text[0], rule, *text[1:-1], rule, text[-1]])
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        head, *body = [[escape(cell) for cell in line] for line in self._lines()]
+        rows = ["".join(f"<td>{cell}</td>" for cell in line) for line in body]
+        heading = "".join(f"<th>{cell}</th>" for cell in head)
+        lines = "".join(f"<tr>{row}</tr>" for row in rows)
+        return f"<table><thead><tr>{heading}</tr></thead><tbody>{lines}</tbody></table>"
