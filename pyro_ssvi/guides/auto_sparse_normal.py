@@ -35,6 +35,7 @@ from .site_table import (
     table_differences,
 )
 from .summary import Summary
+from .warm_start import warm_start
 
 __all__ = ["AutoSparseNormal"]
 
@@ -391,6 +392,27 @@ class AutoSparseNormal(AutoGuide):
             carry(raw, source, constraint.inv(first))
             self.indices = torch.cat(indices)
         return source
+
+    def warm_start(
+        self, source: AutoGuide | Mapping[str, Tensor], *args: Any, **kwargs: Any
+    ) -> None:
+        """Start from a fitted guide, or from values such as a trained network's weights.
+
+        A sparse site's active coordinates become those with the largest location, in standard
+        deviations where the source has any. Call it before the first step::
+
+            guide.warm_start(dense_guide, x, y)
+            guide.warm_start({f"net.{key}": weights[key] for key in net.shapes}, x, y)
+
+        :param source: an AutoNormal or another guide of the same model, of which locations and
+            scales are taken, or medians alone; or values by site name. Sites that it does not
+            have stay as they are.
+        :param args: of the model, as are ``kwargs``: for a guide that has not seen data.
+        :raises ValueError: for names that the model does not have, or other shapes. Then nothing
+            has changed.
+        """
+        self.set_up(*args, **kwargs)
+        warm_start(self, source)
 
     def parameters_in_place(self) -> tuple[Tensor, Tensor]:
         """The two parameters that an optimizer holds: ``loc`` and the unconstrained ``scale``."""

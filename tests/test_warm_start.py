@@ -1,0 +1,124 @@
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoDelta, AutoNormal
+from torch import nn
+
+from pyro_ssvi import SSVI, AutoSparseNormal
+from pyro_ssvi.nn import bayesianize
+
+torch.manual_seed(0)
+X, Y = torch.randn(30, 12), torch.randn(30)
+
+
+@pytest.fixture(autouse=True)
+def local_params():
+    with pyro.settings.context(module_local_params=True):
+        yield
+
+
+def model(x, y=None):
+    tau = pyro.sample("tau", dist.HalfNormal(1.0))
+    w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([5, 12]).to_event(2))
+    v = pyro.sample("v", dist.Normal(0.0, 1.0).expand([5]).to_event(1))
+    with pyro.plate("data", len(x)):
+        return pyro.sample("obs", dist.Normal(torch.tanh(x @ w.T) @ v, tau), obs=y)
+
+
+def fitted(kind):
+    pyro.set_rng_seed(0)
+    guide = kind(model)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
+    for _ in range(50):
+        svi.step(X, Y)
+    return guide
+
+
+def test_full_density_takes_over_a_dense_posterior():
+    dense = fitted(AutoNormal)
+    guide = AutoSparseNormal(model, density=1.0)
+    guide.warm_start(dense, X, Y)
+    q = [0.1, 0.5, 0.9]
+    for name, values in dense.quantiles(q).items():
+        torch.testing.assert_close(guide.quantiles(q)[name], values)
+
+
+def test_active_become_the_largest_in_standard_deviations():
+    dense = fitted(AutoNormal)
+    guide = AutoSparseNormal(model, density=0.25)
+    guide.warm_start(dense, X, Y)
+    snr = (dense.locs.w.abs() / dense.scales.w).detach().flatten()
+    expected = snr.argsort(descending=True)[:15].sort().values
+    active = guide.active_sets["w"]
+    assert torch.equal(active.indices, expected)
+    q = guide.posterior()["w"]
+    torch.testing.assert_close(q.loc, dense.locs.w.detach().flatten()[expected])
+    torch.testing.assert_close(q.scale, dense.scales.w.detach().flatten()[expected])
+
+
+def test_from_a_map_estimate_scales_stay():
+    delta = fitted(AutoDelta)
+    guide = AutoSparseNormal(model, density=0.25, init_scale=0.02)
+    guide.warm_start(delta, X, Y)
+    median = guide.median()
+    torch.testing.assert_close(median["tau"], delta.median()["tau"].detach())
+    w = delta.median()["w"].detach()
+    kept = median["w"] != 0
+    assert int(kept.sum()) == 15
+    assert torch.equal(median["w"][kept], w[kept])
+    assert w[kept].abs().min() >= w[~kept].abs().max()
+    torch.testing.assert_close(guide.scale.detach(), torch.full_like(guide.scale, 0.02))
+
+
+def test_from_a_trained_network():
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 1))
+    weights = {key: value.clone() for key, value in net.state_dict().items()}
+    before = net(X).detach()
+    bayesian = bayesianize(net, 1.0)
+
+    def model(x, y=None):
+        mean = bayesian(x).squeeze(-1)
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", dist.Normal(mean, 1.0), obs=y)
+
+    guide = AutoSparseNormal(model, density=1.0)
+    guide.warm_start({f"net.{key}": weights[key] for key in bayesian.shapes}, X, Y)
+    after = pyro.poutine.condition(bayesian, guide.median())(X)
+    torch.testing.assert_close(after, before)
+
+
+def test_training_goes_on_from_there():
+    dense = fitted(AutoNormal)
+    guide = AutoSparseNormal(model, density=0.5)
+    guide.warm_start(dense, X, Y)
+    svi = SSVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    first = sum(svi.evaluate_loss(X, Y) for _ in range(20)) / 20
+    for _ in range(100):
+        svi.step(X, Y)
+    svi.exchange(X, Y, share=0.3)
+    cold = AutoSparseNormal(model, density=0.5)
+    cold(X, Y)
+    start = SSVI(model, cold, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    assert first < sum(start.evaluate_loss(X, Y) for _ in range(20)) / 20
+    assert sum(svi.evaluate_loss(X, Y) for _ in range(20)) / 20 < first
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"w": torch.zeros(5, 11)}, r"site 'w' has shape \(5, 12\).*\(5, 11\)"),
+        ({"w": torch.ones(5, 12), "x": torch.zeros(1)}, r"the source has \['x'\]"),
+        (AutoNormal(model), "has not seen data"),
+    ],
+)
+def test_what_does_not_fit_changes_nothing(source, message):
+    guide = AutoSparseNormal(model, density=0.25)
+    guide(X, Y)
+    before = guide.median()
+    with pytest.raises(ValueError, match=message):
+        guide.warm_start(source)
+    for name, value in guide.median().items():
+        assert torch.equal(value, before[name])
