@@ -14,6 +14,7 @@ from .active_set import ActiveSet
 from .distributions import SparseNormal, SubspacePrior
 from .errors import MaterialiseError, NonFiniteWarning, PerformanceWarning
 from .guides import AutoSparseNormal
+from .predictive import SparsePredictive
 from .schedules import ConstantSchedule, CosineSchedule, LinearSchedule
 from .sparse_tensor import SparseTensor, dense_fallbacks, forbid_materialise
 from .svi import SSVI, SubspaceModel
@@ -31,6 +32,7 @@ __all__ = [
     "NonFiniteWarning",
     "PerformanceWarning",
     "SparseNormal",
+    "SparsePredictive",
     "SparseTensor",
     "SubspaceModel",
     "SubspacePrior",

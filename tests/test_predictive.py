@@ -1,0 +1,106 @@
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import torch.nn.functional as F
+from pyro.infer import Predictive
+from pyro.infer.autoguide import AutoNormal
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyro_ssvi import AutoSparseNormal, SparsePredictive, forbid_materialise
+
+X = torch.randn(7, 20)
+
+
+def model(x, y=None):
+    sigma = pyro.sample("sigma", dist.HalfNormal(1.0))
+    w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([30, 20]).to_event(2))
+    v = pyro.sample("v", dist.Normal(0.0, 1.0).expand([2, 30]).to_event(2))
+    mean = pyro.deterministic("mean", F.linear(torch.tanh(F.linear(x, w)), v))
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Normal(mean, sigma).to_event(1), obs=y)
+    return mean
+
+
+@pytest.fixture
+def guide():
+    guide = AutoSparseNormal(model, density=0.2, init_scale=0.5)
+    guide(X, torch.zeros(7, 2))
+    return guide
+
+
+@pytest.mark.parametrize("sites", [(), ("obs",), ("mean", "_RETURN"), ("w", "sigma", "obs")])
+def test_sites_and_shapes_are_those_of_predictive(guide, sites):
+    expected = Predictive(model, guide=guide, num_samples=5, return_sites=sites)(X)
+    found = SparsePredictive(model, guide, 5, sites)(X)
+    if not sites:  # Predictive has a guide's own sites, too
+        expected = {name: value for name, value in expected.items() if name in ("mean", "obs")}
+    assert {n: v.shape for n, v in found.items()} == {n: v.shape for n, v in expected.items()}
+
+
+def test_weights_stay_sparse(guide):
+    with forbid_materialise():
+        SparsePredictive(model, guide, 3)(X)
+
+
+def test_distribution_is_that_of_predictive(guide):
+    n = 3000
+    expected = Predictive(model, guide=guide, num_samples=n)(X)["mean"].squeeze()
+    found = SparsePredictive(model, guide, n)(X)["mean"].squeeze()
+    error = (expected.var(0) / n + found.var(0) / n).sqrt()
+    assert ((found.mean(0) - expected.mean(0)).abs() < 5 * error).all()
+    torch.testing.assert_close(found.std(0), expected.std(0), rtol=0.15, atol=0)
+
+
+def test_the_result_and_its_sites_are_of_the_same_draw(guide):
+    found = SparsePredictive(model, guide, 4, ("w", "v", "mean", "_RETURN"))(X)
+    for w, v, mean in zip(found["w"], found["v"], found["mean"], strict=True):
+        torch.testing.assert_close(torch.tanh(X @ w[0].T) @ v[0].T, mean.reshape(7, 2))
+    assert torch.equal(found["mean"].flatten(), found["_RETURN"].flatten())
+    assert not found["mean"].requires_grad
+
+
+def test_a_dense_guide_and_nested_plates():
+    def plates(y=None):
+        with pyro.plate("a", 3, dim=-2), pyro.plate("b", 4, dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("obs", dist.Normal(z, 1.0), obs=y)
+        pyro.sample("alone", dist.Normal(0.0, 1.0))
+
+    guide = AutoNormal(pyro.poutine.block(plates, hide=["alone"]))
+    guide(torch.zeros(3, 4))
+    expected = Predictive(plates, guide=guide, num_samples=6)()
+    found = SparsePredictive(plates, guide, 6)()
+    assert set(found) == {"obs", "alone"}
+    assert all(found[name].shape == expected[name].shape for name in found)
+
+
+def test_no_tensor_of_all_samples_weights_is_made():
+    def wide(x):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([500, 400]).to_event(2))
+        return pyro.sample("obs", dist.Delta(F.linear(x, w).sum(-1)).to_event(1))
+
+    guide = AutoSparseNormal(pyro.poutine.block(wide, hide=["obs"]), density=0.02)
+    x = torch.randn(3, 400)
+    guide(x)
+
+    class Largest(TorchDispatchMode):
+        bytes = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                self.bytes = max(self.bytes, out.untyped_storage().nbytes())
+            return out
+
+    SparsePredictive(wide, guide, 1)(x)  # makes what is made once
+    with Largest() as largest:
+        SparsePredictive(wide, guide, 8)(x)
+    assert 0 < largest.bytes <= 8 * 4000  # 2 % of 200 000
+
+
+def test_names_and_numbers_are_checked(guide):
+    with pytest.raises(ValueError, match=r"return_sites has \['nope'\]"):
+        SparsePredictive(model, guide, 2, ("nope",))(X)
+    with pytest.raises(ValueError, match="num_samples >= 1"):
+        SparsePredictive(model, guide, 0)
