@@ -315,7 +315,7 @@ def plot(rows: list[dict], logs: list[dict], image_shape: tuple[int, int, int], 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", choices=datasets.NAMES, default="digits")
+    parser.add_argument("--dataset", choices=list(DEFAULTS), default="digits")
     parser.add_argument("--data-dir", help="folder with the data set's files")
     parser.add_argument("--density", type=float, nargs="+", default=[0.1, 0.05, 0.02])
     parser.add_argument("--hidden", type=int, help="units in each of the two hidden layers")

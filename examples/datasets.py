@@ -13,7 +13,7 @@ from torch import Tensor
 
 __all__ = ["NAMES", "Dataset", "load"]
 
-NAMES = ("digits", "fashion-mnist", "mnist", "cifar10")
+NAMES = ("digits", "fashion-mnist", "mnist", "cifar10", "cifar100")
 
 IDX_FILES = (
     "train-images-idx3-ubyte.gz",
@@ -95,6 +95,7 @@ def _torchvision(name: str, data_dir: str) -> tuple[np.ndarray, ...]:
         "fashion-mnist": datasets.FashionMNIST,
         "mnist": datasets.MNIST,
         "cifar10": datasets.CIFAR10,
+        "cifar100": datasets.CIFAR100,
     }[name]
     arrays: list[np.ndarray] = []
     for train in (True, False):
@@ -103,8 +104,7 @@ def _torchvision(name: str, data_dir: str) -> tuple[np.ndarray, ...]:
         except (OSError, RuntimeError) as error:
             raise SystemExit(
                 f"{name} is not in {data_dir} and could not be downloaded ({error}).\n"
-                f"Put the files of torchvision.datasets.{kind.__name__} there, or try "
-                "--dataset digits."
+                f"Put the files of torchvision.datasets.{kind.__name__} there."
             ) from error
         arrays += [np.asarray(part.data), np.asarray(part.targets)]
     return tuple(arrays)

@@ -1,0 +1,103 @@
+"""The paper's experiment, on a few images in CIFAR's file format."""
+
+import csv
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+import resnet_cifar
+
+FEW = "--limit 8 --batch-size 4 --exchange-every 2 --samples 2 --epochs 2 --lr 0.1"
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """Folders of CIFAR-10 and CIFAR-100, whose check sums are not those of the real files."""
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    rng = np.random.default_rng(0)
+    for kind, labels, classes in ((CIFAR10, "labels", 10), (CIFAR100, "fine_labels", 100)):
+        folder = tmp_path / kind.base_folder
+        folder.mkdir()
+        for file, _ in kind.train_list + kind.test_list:
+            images = rng.integers(0, 256, (8, 3 * 32 * 32), dtype=np.uint8)
+            entry = {"data": images, labels: rng.integers(0, 10, 8).tolist()}
+            (folder / file).write_bytes(pickle.dumps(entry))
+        names = {kind.meta["key"]: [str(i) for i in range(classes)]}
+        (folder / kind.meta["filename"]).write_bytes(pickle.dumps(names))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5=None: True)
+    return tmp_path
+
+
+def run(cifar, out, more=""):
+    arguments = f"--data-dir {cifar} --out {cifar / out} {FEW} {more}"
+    resnet_cifar.main(arguments.split())
+    with (cifar / out / "log.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def without_time(rows):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(cifar, capsys):
+    whole = run(cifar, "whole")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert [row["epoch"] for row in whole] == ["1", "2"]
+    assert all(0 <= float(row["accuracy"]) <= 1 and float(row["kl"]) > 0 for row in whole)
+    first = run(cifar, "parts", "--stop-after 1")
+    assert len(first) == 1
+    capsys.readouterr()
+    both = run(cifar, "parts", "--resume")
+    assert without_time(both) == without_time(whole)
+    assert capsys.readouterr().out.splitlines()[-1] == last
+    # Of 11 169 162 weights and biases with a posterior 10 % are active, but for the dense stem.
+    weights = 11_159_232 + 5120 + 10 - 1728  # convolutions and the last layer
+    assert int(whole[0]["active"]) == pytest.approx(0.1 * (weights - 10) + 10 + 1728, abs=15)
+
+
+def test_every_option_of_the_recipe(cifar):
+    options = (
+        "--dataset cifar100 --policy erk --density 0.02 --no-local-reparam --removal abs_mean "
+        "--gradient-samples 2 --gradient-at sample --new-scale 1e-3 --epochs 1"
+    )
+    rows = run(cifar, "out", options)
+    assert len(rows) == 1
+    assert float(rows[0]["loss"]) > 0
+
+
+def test_augmentation_moves_and_flips(monkeypatch):
+    x = torch.arange(2 * 3 * 32 * 32.0).reshape(2, 3, 32, 32)
+    generator = torch.Generator().manual_seed(0)
+    found = resnet_cifar.augment(x, generator)
+    assert found.shape == x.shape
+    generator.manual_seed(0)
+    top, left = torch.randint(9, (2, 2, 1), generator=generator)
+    flip = torch.rand(2, 1, generator=generator) < 0.5
+    assert flip[0] != flip[1]  # the seed was chosen so
+    padded = torch.nn.functional.pad(x, (4, 4, 4, 4))
+    for i in range(2):
+        part = padded[i, :, top[i] : top[i] + 32, left[i] : left[i] + 32]
+        assert torch.equal(found[i], part.flip(-1) if flip[i] else part)
+
+
+def test_options_of_the_optimizer_depend_on_the_parameter():
+    args = resnet_cifar.parse_args(["--data-dir", "x", "--lr", "0.3", "--scale-lr", "0.2"])
+    options = resnet_cifar.make_optim(args).pt_optim_args
+    assert options("AutoSparseNormal.loc") == {"lr": 0.3, "momentum": 0.9, "weight_decay": 5e-4}
+    assert options("AutoSparseNormal.scale") == {"lr": 0.2, "momentum": 0.9}
+
+
+def test_files_that_are_not_there(tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise RuntimeError("Error downloading")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", offline)
+    with pytest.raises(SystemExit, match=r"cifar10 is not in .* and could not be downloaded"):
+        resnet_cifar.main(["--data-dir", str(tmp_path)])
