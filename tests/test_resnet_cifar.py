@@ -27,7 +27,7 @@ def cifar(tmp_path, monkeypatch):
         folder.mkdir()
         for file, _ in kind.train_list + kind.test_list:
             images = rng.integers(0, 256, (8, 3 * 32 * 32), dtype=np.uint8)
-            entry = {"data": images, labels: rng.integers(0, 10, 8).tolist()}
+            entry = {"data": images, labels: [9, *rng.integers(0, 10, 7).tolist()]}
             (folder / file).write_bytes(pickle.dumps(entry))
         names = {kind.meta["key"]: [str(i) for i in range(classes)]}
         (folder / kind.meta["filename"]).write_bytes(pickle.dumps(names))
