@@ -183,8 +183,13 @@ class AutoSparseNormal(AutoGuide):
             )
 
     def __getstate__(self) -> dict:
+        # Not AutoGuide's, which would take the model from this guide, too.
+        state = dict(super(AutoGuide, self).__getstate__())
+        state["master"] = None
+        if self.prototype_trace is not None:
+            state["_model"] = None  # it has been run, and need not be copied, nor be picklable
         # A copy's buffer counts its versions anew: nothing made from the old one is its own.
-        return {**self.__dict__, "_made_from": (None, 0)}
+        return {**state, "_made_from": (None, 0)}
 
     def _require_setup(self) -> None:
         if not self.sites:
