@@ -68,13 +68,12 @@ def elements(fn):
     return fn
 
 
-def brute_force_loss(model, guide, *args, seed=0):
+def brute_force_loss(model, guide, *args):
     """Trace_ELBO's loss by dense tensors, element by element, inactive elements left out."""
-    pyro.set_rng_seed(seed)
     guide_trace = poutine.trace(guide).get_trace(*args)
     drawn = {}
     for node in guide_trace.nodes.values():
-        if isinstance(node["value"], SparseTensor):
+        if isinstance(node.get("value"), SparseTensor):
             drawn[node["name"]] = node["value"]
             node["value"] = node["value"].to_dense()
     trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args)
