@@ -82,7 +82,8 @@ class SSVI(SVI):
     :param model: a Pyro model. Its priors cover active coordinates only.
     :param guide: an :class:`AutoSparseNormal`, or a module that contains some.
     :param optim: a Pyro optimizer. Its state follows its coordinate.
-    :param loss: an ELBO; those that compile with torch.jit would keep the first active set.
+    :param loss: an ELBO, or any ``callable(model, guide, *args, **kwargs)`` that gives a loss;
+        those that compile with torch.jit would keep the first active set.
     :param removal: name of a criterion in :mod:`pyro_ssvi.criteria`, or a ``callable(loc, scale)``
         that gives scores; the smallest are removed.
     :param addition: ``"gradient"``, ``"random"``, an instance of a class in
@@ -160,7 +161,7 @@ class SSVI(SVI):
         self.steps = 0
         self._record = GradientRecord()
         self._elbo = loss
-        self._elbo_loss_and_grads = loss.loss_and_grads
+        self._elbo_loss_and_grads = self.loss_and_grads
         self.loss_and_grads: Callable = self._loss_and_grads
         self._fused: FusedELBO | None = None
         # Not before Pyro's own ELBO has looked at every site, in the first step.

@@ -297,6 +297,33 @@ def test_tensor_monte_carlo():
 # Losses that are no ELBO
 
 
+def test_a_function_as_loss():
+    """As SVI takes it: what it gives is differentiated."""
+    losses = []
+    for loss in (Trace_ELBO(), Trace_ELBO().differentiable_loss):
+        guide = AutoSparseNormal(regression, density=0.5)
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = SSVI(regression, guide, pyro.optim.Adam({"lr": 0.05}), loss)
+        losses.append([svi.step(correlated, y) for _ in range(5)])
+        assert svi.exchange(correlated, y, share=0.4) == {"w": 1}
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_a_function_that_leaves_gradients():
+    def loss_and_grads(model, guide, *args):
+        loss = Trace_ELBO().differentiable_loss(model, guide, *args)
+        (2 * loss).backward()
+        return loss
+
+    guide = AutoSparseNormal(regression, density=0.5)
+    loss = Trace_ELBO().loss
+    optim = pyro.optim.Adam({"lr": 0.05})
+    svi = SSVI(regression, guide, optim, loss, loss_and_grads=loss_and_grads)
+    losses = [svi.step(correlated, y) for _ in range(60)]
+    assert sum(losses[-10:]) < sum(losses[:10])
+
+
 @pytest.mark.parametrize("kind", **each(KINDS))
 def test_maximum_mean_discrepancy(kind):
     """Compares draws of the guide with draws of the prior, and sees the zeros as they are."""
@@ -305,3 +332,15 @@ def test_maximum_mean_discrepancy(kind):
     svi = SSVI(regression, guide, pyro.optim.Adam({"lr": 0.05}), loss)
     losses = [svi.step(correlated, y) for _ in range(60)]
     assert sum(losses[-10:]) < sum(losses[:10])
+
+
+@pytest.mark.parametrize("kind", **each(KINDS))
+def test_energy_distance(kind):
+    guide = kind(regression)
+    guide(correlated, y)
+    svi = SSVI(regression, guide, pyro.optim.Adam({"lr": 0.05}), EnergyDistance(num_particles=4))
+    if kind is KINDS["density=0.3"]:
+        with pytest.raises(RuntimeError, match="register_hook would change a copy"):
+            svi.step(correlated, y)
+    else:
+        assert math.isfinite(svi.step(correlated, y))
