@@ -17,6 +17,7 @@ from pyro.infer import (
     JitTrace_ELBO,
     JitTraceEnum_ELBO,
     JitTraceMeanField_ELBO,
+    ReweightedWakeSleep,
     TraceMeanField_ELBO,
 )
 from pyro.infer.tracegraph_elbo import JitTraceGraph_ELBO
@@ -154,6 +155,8 @@ class SSVI(SVI):
                 "Gradient(at='mean') has one value of the weights for all particles: use a loss "
                 "without vectorize_particles"
             )
+        if isinstance(loss, ReweightedWakeSleep):
+            self._check_wake_sleep(loss)
         self.new_scale = new_scale
         self.kl_weight = kl_weight
         self.local_reparam = local_reparam
@@ -166,6 +169,20 @@ class SSVI(SVI):
         self._fused: FusedELBO | None = None
         # Not before Pyro's own ELBO has looked at every site, in the first step.
         self._may_fuse: bool | None = None
+
+    def _check_wake_sleep(self, loss: ReweightedWakeSleep) -> None:
+        if all(guide.density == 1.0 for guide in self.guides):
+            return
+        if loss.insomnia < 1:
+            raise ValueError(
+                "the sleep phase of ReweightedWakeSleep draws from the prior, where a sparse "
+                f"guide has density 0: use insomnia=1.0, got {loss.insomnia!r}"
+            )
+        if isinstance(self.addition, Gradient):
+            raise ValueError(
+                "ReweightedWakeSleep has no gradient in the weights, which it holds fixed: "
+                "use addition='random'"
+            )
 
     @property
     def guides(self) -> list[AutoSparseNormal]:

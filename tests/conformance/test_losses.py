@@ -191,6 +191,26 @@ def test_wake_sleep_trains():
     assert svi.exchange(correlated, y, share=0.4) == {"w": 1}
 
 
+def test_a_sleep_phase_is_refused():
+    """Its draws from the prior have density 0 under a sparse guide."""
+    loss = ReweightedWakeSleep(num_particles=2, insomnia=0.5)
+    for guide in (AutoNormal(regression), AutoSparseNormal(regression, density=1.0)):
+        SSVI(regression, guide, pyro.optim.Adam({}), loss)
+    with pytest.raises(ValueError, match=r"use insomnia=1.0"):
+        SSVI(regression, AutoSparseNormal(regression), pyro.optim.Adam({}), loss)
+
+
+def test_wake_sleep_has_no_gradient_to_exchange_by():
+    """Without a word, no coordinate would ever be exchanged."""
+    with pytest.raises(ValueError, match="use addition='random'"):
+        SSVI(
+            regression,
+            AutoSparseNormal(regression),
+            pyro.optim.Adam({}),
+            ReweightedWakeSleep(num_particles=2),
+        )
+
+
 # Enumeration
 
 
