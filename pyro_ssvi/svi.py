@@ -19,6 +19,7 @@ from pyro.infer import (
     JitTraceMeanField_ELBO,
     ReweightedWakeSleep,
     TraceMeanField_ELBO,
+    TraceTailAdaptive_ELBO,
 )
 from pyro.infer.tracegraph_elbo import JitTraceGraph_ELBO
 from pyro.infer.util import torch_item, zero_grads
@@ -202,7 +203,8 @@ class SSVI(SVI):
             with poutine.trace(param_only=True) as capture:
                 loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
         params = {node["value"].unconstrained() for node in capture.trace.nodes.values()}
-        finite = _is_finite(loss) and _have_finite_gradients(params)
+        unknown = isinstance(self._elbo, TraceTailAdaptive_ELBO)  # it reports inf at all times
+        finite = (unknown or _is_finite(loss)) and _have_finite_gradients(params)
         if finite:
             self.optim(params)
         else:

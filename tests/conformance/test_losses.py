@@ -211,6 +211,20 @@ def test_wake_sleep_has_no_gradient_to_exchange_by():
         )
 
 
+@pytest.mark.parametrize("kind", **each(KINDS))
+def test_tail_adaptive(kind):
+    """Its loss is always reported as infinite, and yet it trains."""
+    guide = kind(regression)
+    loss = TraceTailAdaptive_ELBO(num_particles=5, **VECTORISED)
+    svi = SSVI(regression, guide, pyro.optim.Adam({"lr": 0.05}), loss)
+    svi.step(correlated, y)
+    first = Trace_ELBO(num_particles=20, **VECTORISED).loss(svi.model, guide, correlated, y)
+    for _ in range(60):
+        assert svi.step(correlated, y) == math.inf
+    last = Trace_ELBO(num_particles=20, **VECTORISED).loss(svi.model, guide, correlated, y)
+    assert last < first
+
+
 # Enumeration
 
 
