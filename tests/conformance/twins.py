@@ -68,6 +68,13 @@ def elements(fn):
     return fn
 
 
+def site_weight(node):
+    """What handlers multiply the density of each element by."""
+    weight = torch.as_tensor(node["scale"])
+    weight = weight if node["mask"] is None else weight * node["mask"]
+    return weight.reshape(weight.shape + (1,) * node["fn"].event_dim)
+
+
 def brute_force_loss(model, guide, *args):
     """Trace_ELBO's loss by dense tensors, element by element, inactive elements left out."""
     guide_trace = poutine.trace(guide).get_trace(*args)
@@ -91,10 +98,8 @@ def brute_force_loss(model, guide, *args):
             continue
         value, active = node["value"], drawn[name].active
         log_p = elements(node["fn"]).log_prob(value)
-        weight = torch.as_tensor(node["scale"] if node["mask"] is None else node["mask"] * 1.0)
-        weight = weight.reshape(weight.shape + (1,) * node["fn"].event_dim)
-        loss = loss - (log_p * weight)[active.mask].sum()
-        q = posterior[name]
+        loss = loss - (log_p * site_weight(node))[active.mask].sum()
+        q, weight = posterior[name], site_weight(guide_trace.nodes[name]).expand(active.shape)
         log_q = Normal(q.loc, q.scale).log_prob(active.gather(value))
-        loss = loss + (log_q * active.gather(weight.expand(active.shape).contiguous())).sum()
+        loss = loss + (log_q * active.gather(weight.contiguous())).sum()
     return loss.detach()
