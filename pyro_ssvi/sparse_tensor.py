@@ -141,6 +141,10 @@ class SparseTensor(Tensor):
         dense = autograd.scatter(self.values, self.active)
         return dense.transpose(-1, -2) if self.transposed else dense
 
+    def as_subclass(self, cls: Any) -> Any:
+        """The dense tensor as a ``cls``; torch would ask no rule for this."""
+        return self.to_dense().as_subclass(cls)
+
     def _like(self, values: Tensor) -> SparseTensor:
         active = self.active.to(values.device)
         return SparseTensor(values, active, self.transposed)

@@ -20,6 +20,7 @@ from pyro.infer.autoguide.initialization import (
     init_to_uniform,
     init_to_value,
 )
+from pyro.infer.inspect import get_model_relations
 from pyro.nn import PyroModule, PyroSample
 from torch.distributions import biject_to, constraints
 from twins import KINDS, each, fresh, match, randomise, scales, twins
@@ -443,6 +444,27 @@ def test_plates_of_a_list(kind):
     trace = poutine.trace(guide).get_trace()
     assert sum(name == "data" for name in trace.nodes) == 1
     assert trace.nodes["z"]["cond_indep_stack"] == trace.nodes["scale"]["cond_indep_stack"]
+
+
+# Pyro's views of a guide
+
+
+@pytest.mark.parametrize("kind", **each(KINDS))
+def test_relations_of_a_guide(kind):
+    """What render_model() draws."""
+    guide = kind(regression)
+    guide(x, y)
+    relations = get_model_relations(guide, (x, y))
+    assert {"w", "sigma"} <= set(relations["sample_sample"])
+    assert len(relations["param_constraint"]) == len(list(guide.parameters()))
+
+
+@pytest.mark.parametrize("kind", **each(KINDS))
+def test_shapes_of_a_trace(kind):
+    trace = poutine.trace(kind(regression)).get_trace(x, y)
+    trace.compute_log_prob()
+    lines = trace.format_shapes().splitlines()
+    assert any(line.split()[-5:] == ["w", "dist", "|", "3", "4"] for line in lines)
 
 
 # Copies
