@@ -48,8 +48,9 @@ class AutoSparseNormal(AutoGuide):
         svi = SSVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
 
     Sparse are real-valued sites with two or more dimensions and independent elements. Sites
-    that are constrained, have fewer dimensions, or are local to a subsampled plate are dense,
-    as in AutoNormal, and so is everything at ``density=1``.
+    that are constrained, have fewer dimensions, are local to a subsampled plate, or stand for
+    data that ``obs_mask`` leaves out are dense, as in AutoNormal, and so is everything at
+    ``density=1``.
 
     All sites share two parameters, ``loc`` and ``scale``, each a vector of the active
     coordinates of one site after the other: an optimizer handles two tensors, whatever the

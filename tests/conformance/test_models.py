@@ -484,3 +484,29 @@ def test_forecaster(kind):
     )
     forecast = forecaster(data, covariates, num_samples=3)
     assert forecast.shape == (3, 4, 2)
+
+
+def partly_observed(x, mask):
+    w = weights("w", (6, 6), scale=0.3)
+    rows, columns = pyro.plate("rows", 15, dim=-2), pyro.plate("columns", 6, dim=-1)
+    with rows, columns:
+        return pyro.sample("obs", dist.Normal(F.linear(x, w), 0.5), obs=x, obs_mask=mask)
+
+
+def test_missing_data_are_dense():
+    """They are no weights, to be 0 for the most part; unless one names them."""
+    mask = x > 0
+    guide = AutoSparseNormal(partly_observed, density=0.3)
+    svi = SSVI(partly_observed, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
+    losses = [svi.step(x, mask) for _ in range(20)]
+    assert losses[-1] < losses[0]
+    sparse = {site.name: site.is_sparse for site in guide.sites}
+    assert sparse == {"w": True, "obs_unobserved": False}
+    drawn = poutine.trace(guide).get_trace(x, mask)
+    found = poutine.replay(partly_observed, trace=drawn)(x, mask)
+    assert torch.equal(found[mask], x[mask])
+    assert (found[~mask] != 0).all()
+    pyro.clear_param_store()
+    guide = AutoSparseNormal(partly_observed, density={"obs_unobserved": 0.3})
+    guide(x, mask)
+    assert not guide.active_sets["obs_unobserved"].is_full
