@@ -432,7 +432,7 @@ class AutoSparseNormal(AutoGuide):
             if site.is_sparse:
                 results[site.name] = self.active_sets[site.name].scatter(values)
             else:
-                values = values.reshape(-1, *site.shape)
+                values = values.reshape(len(values), *site.shape)
                 results[site.name] = values if site.transform is None else site.transform(values)
         return results
 

@@ -87,7 +87,8 @@ class SparseInitMessenger(InitMessenger):
                     f"Leave it out of density=, or set density={{{name!r}: 1.0, ...}}"
                 )
             return density
-        if refusal is not None or len(shape) < 2 or _is_missing_data(msg):
+        small = len(shape) < 2 or 0 in shape
+        if refusal is not None or small or _is_missing_data(msg):
             return 1.0
         if callable(self.density):
             return check_density(self.density(name, shape), name)

@@ -234,6 +234,18 @@ def test_factor_and_deterministic_are_no_latents(kind):
 
 
 @pytest.mark.parametrize("kind", **each(KINDS))
+def test_a_site_without_elements(kind):
+    def model():
+        pyro.sample("none", dist.Normal(0.0, 1.0).expand([0, 4]).to_event(2))
+        pyro.sample("w", dist.Normal(0.0, 1.0).expand([3, 4]).to_event(2))
+
+    guide = kind(model)
+    svi = SSVI(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+    svi.step()
+    assert guide.median()["none"].shape == (0, 4)
+
+
+@pytest.mark.parametrize("kind", **each(KINDS))
 def test_sequential_plates_are_refused(kind):
     def model():
         for i in pyro.plate("rows", 3):
