@@ -18,6 +18,7 @@ from pyro.infer.reparam import (
     TransformReparam,
 )
 from pyro.nn import PyroModule, PyroSample
+from pyro.nn.module import to_pyro_module_
 from twins import KINDS, brute_force_loss, each, match, randomise, twins
 
 from pyro_ssvi import SSVI, AutoSparseNormal, ConstantSchedule, SubspaceModel
@@ -311,6 +312,47 @@ class Network(PyroModule):
         observe(self.last(self.first(x).tanh()).squeeze(-1))
 
 
+def functional_call():
+    """A weight put in place of a torch module's parameter."""
+    call = torch.func.functional_call
+    observe(call(LINEAR, {"weight": weights("w", (3, 6))}, (x,)).sum(-1))
+
+
+LINEAR = torch.nn.Linear(6, 3)
+
+
+class Layer(PyroModule):
+    """A torch layer whose weights all have priors."""
+
+    def __init__(self, layer, shape):
+        super().__init__()
+        self.layer, self.shape = layer, shape
+        to_pyro_module_(layer)
+        for module in layer.modules():
+            for name, param in list(module.named_parameters(recurse=False)):
+                prior = dist.Normal(0.0, 0.5).expand(param.shape).to_event(param.dim())
+                setattr(module, name, PyroSample(prior))
+
+    def forward(self):
+        out = self.layer(x[:, : math.prod(self.shape)].reshape(len(x), *self.shape))
+        out = out[0] if isinstance(out, tuple) else out
+        observe(out.reshape(len(x), -1).sum(-1))
+
+
+nn = torch.nn
+LAYERS = {
+    "sequential": lambda: Layer(nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2)), (6,)),
+    "lstm": lambda: Layer(nn.LSTM(2, 3, batch_first=True), (3, 2)),
+    "gru": lambda: Layer(nn.GRU(2, 3, num_layers=2, batch_first=True), (3, 2)),
+    "transformer": lambda: Layer(
+        nn.TransformerEncoderLayer(2, 1, 4, batch_first=True, dropout=0.0), (3, 2)
+    ),
+    "conv2d": lambda: Layer(nn.Conv2d(1, 4, 2, padding=1), (1, 2, 3)),
+    "transposed conv2d": lambda: Layer(nn.ConvTranspose2d(1, 4, 2), (1, 2, 3)),
+    "layer norm": lambda: Layer(nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 2)), (6,)),
+}
+
+
 MODELS = {
     fn.__name__: lambda fn=fn: fn
     for fn in (
@@ -348,8 +390,9 @@ MODELS = {
         poisson,
         embedding,
         random_features,
+        functional_call,
     )
-} | {"network": Network}
+} | {"network": Network, **LAYERS}
 
 
 @pytest.mark.parametrize("model", **each(MODELS))

@@ -35,7 +35,7 @@ def sparse_guide(density=0.3):
     return AutoSparseNormal(model, density=density)
 
 
-def steps(svi, n=6, after=lambda: None):
+def steps(svi, n=5, after=lambda: None):
     losses = []
     for _ in range(n):
         losses.append(svi.step(x, y))
