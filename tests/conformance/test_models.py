@@ -553,3 +553,16 @@ def test_missing_data_are_dense():
     guide = AutoSparseNormal(partly_observed, density={"obs_unobserved": 0.3})
     guide(x, mask)
     assert not guide.active_sets["obs_unobserved"].is_full
+
+
+def unit_rows():
+    w = weights("w", (4, 6))
+    observe(F.linear(x, w / w.norm(dim=-1, keepdim=True)).sum(-1))
+
+
+def test_a_row_of_zeros_has_no_direction():
+    """What divides by a norm, as weight_norm does, needs an active coordinate in every row."""
+    guide = AutoSparseNormal(unit_rows, density=0.1)
+    svi = SSVI(unit_rows, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    with pytest.raises(ValueError, match=r"parameter loc .* to satisfy the constraint Real"):
+        svi.step()
