@@ -247,11 +247,19 @@ class SSVI(SVI):
         with self._handlers(self._kl_weight(), self.local_reparam):
             return super().evaluate_loss(*args, **kwargs)
 
-    def exchange(self, *args: Any, share: float | None = None, **kwargs: Any) -> dict[str, int]:
+    def exchange(
+        self,
+        *args: Any,
+        share: float | None = None,
+        optim: torch.optim.Optimizer | None = None,
+        **kwargs: Any,
+    ) -> dict[str, int]:
         """Exchange coordinates now, by the gradient of one batch, and take no step.
 
         :param share: of each site's active coordinates; by default what the schedule says at
             this step.
+        :param optim: the torch optimizer of a loop of your own, whose state is to follow its
+            coordinates, too.
         :return: how many coordinates of each site were exchanged.
         """
         if share is None:
@@ -261,7 +269,7 @@ class SSVI(SVI):
         self._record = GradientRecord()
         if isinstance(self.addition, Gradient):
             self._backward(args, kwargs)
-        return self._exchange(share)
+        return self._exchange(share, optim)
 
     def _kl_weight(self) -> float:
         if callable(self.kl_weight):
@@ -324,7 +332,7 @@ class SSVI(SVI):
             self.loss_and_grads(self.model, guide, *args, **kwargs)
         zero_grads({node["value"].unconstrained() for node in capture.trace.nodes.values()})
 
-    def _exchange(self, share: float) -> dict[str, int]:
+    def _exchange(self, share: float, optim: torch.optim.Optimizer | None = None) -> dict[str, int]:
         record, self._record = self._record, GradientRecord()
         try:
             # All sites are decided before any is changed.
@@ -342,6 +350,8 @@ class SSVI(SVI):
             source = guide.exchange(moves, self.new_scale)
             for param in guide.parameters_in_place():
                 carry_state(self.optim, param, source)
+                if optim is not None:
+                    carry_state(optim, param, source)
         return {name: move.size for _, moves in plans for name, move in moves.items()}
 
     @torch.no_grad()
