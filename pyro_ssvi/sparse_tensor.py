@@ -114,7 +114,8 @@ class SparseTensor(Tensor):
         cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        rule = _RULES.get(func)
+        # The rules' gradients are not made for torch.func's transforms.
+        rule = None if torch._C._are_functorch_transforms_active() else _RULES.get(func)
         if rule is not None:
             result = rule(*args, **kwargs)
             if result is not NotImplemented:

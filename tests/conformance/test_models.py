@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from pyro import poutine
 from pyro.contrib.forecast import Forecaster, ForecastingModel
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
@@ -318,6 +319,38 @@ def functional_call():
     observe(call(LINEAR, {"weight": weights("w", (3, 6))}, (x,)).sum(-1))
 
 
+def slopes():
+    """The gradient of a network by its inputs, by torch.func."""
+    w = weights("w", (3, 6))
+    observe(torch.func.grad(lambda inputs: F.linear(inputs, w).tanh().sum())(x).sum(-1))
+
+
+def one_row_at_a_time():
+    w = weights("w", (3, 6))
+    observe(torch.vmap(lambda row: F.linear(row, w).tanh())(x).sum(-1))
+
+
+def jacobians():
+    w = weights("w", (3, 6))
+    each_row = torch.vmap(torch.func.jacrev(lambda row: (w @ row).tanh()))
+    observe(each_row(x).sum((-1, -2)))
+
+
+def slopes_by_autograd():
+    """Sparse products are differentiated once: a dense copy serves for more."""
+    w = weights("w", (3, 6)).to_dense()
+    inputs = x.clone().requires_grad_()
+    out = F.linear(inputs, w).tanh().sum()
+    observe(torch.autograd.grad(out, inputs, create_graph=True)[0].sum(-1))
+
+
+def checkpointed():
+    """Activations are computed again in the backward pass."""
+    w = weights("w", (3, 6))
+    hidden = torch.utils.checkpoint.checkpoint(F.linear, x, w, use_reentrant=False)
+    observe(hidden.tanh().sum(-1))
+
+
 LINEAR = torch.nn.Linear(6, 3)
 
 
@@ -391,6 +424,11 @@ MODELS = {
         embedding,
         random_features,
         functional_call,
+        slopes,
+        one_row_at_a_time,
+        jacobians,
+        slopes_by_autograd,
+        checkpointed,
     )
 } | {"network": Network, **LAYERS}
 
