@@ -132,7 +132,7 @@ def test_loss_and_gradient_are_the_closed_form_on_average(loss):
     assert ((estimates.mean(0) - expected).abs() < 4.5 * error + 1e-4).all()
 
 
-@pytest.mark.parametrize("loss", **each(UNBIASED))
+@pytest.mark.parametrize("loss", [Trace_ELBO, TraceMeanField_ELBO])
 def test_training_finds_the_best_independent_normals(loss):
     """The mean of the posterior, and the reciprocal of the diagonal of its precision."""
     guide = guide_for(correlated)
@@ -219,7 +219,7 @@ def test_tail_adaptive(kind):
     svi = SSVI(regression, guide, pyro.optim.Adam({"lr": 0.05}), loss)
     svi.step(correlated, y)
     first = Trace_ELBO(num_particles=20, **VECTORISED).loss(svi.model, guide, correlated, y)
-    for _ in range(60):
+    for _ in range(40):
         assert svi.step(correlated, y) == math.inf
     last = Trace_ELBO(num_particles=20, **VECTORISED).loss(svi.model, guide, correlated, y)
     assert last < first
@@ -237,10 +237,9 @@ def plated(x, y=None):
     pyro.factor("fit", -(total - 1).square().reshape(total.shape if total.dim() > 2 else ()))
 
 
-@pytest.mark.parametrize("density", [0.4, 1.0])
 @pytest.mark.parametrize("loss", **each(UNBIASED))
-def test_vectorised_particles_beside_plates(loss, density):
-    guide = guide_for(correlated, density, plated)
+def test_vectorised_particles_beside_plates(loss):
+    guide = guide_for(correlated, 0.4, plated)
     randomise(guide)
     model = SubspaceModel(plated)
     one = torch.tensor([loss().loss(model, guide, correlated) for _ in range(80)])
@@ -389,7 +388,7 @@ def test_maximum_mean_discrepancy(kind):
     guide = kind(regression)
     loss = Trace_MMD(kernel=RBF(6), num_particles=8, **VECTORISED)
     svi = SSVI(regression, guide, pyro.optim.Adam({"lr": 0.05}), loss)
-    losses = [svi.step(correlated, y) for _ in range(60)]
+    losses = [svi.step(correlated, y) for _ in range(40)]
     assert sum(losses[-10:]) < sum(losses[:10])
 
 
