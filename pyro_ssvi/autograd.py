@@ -122,10 +122,19 @@ class _Rows(torch.autograd.Function):
 
 
 class _Scatter(torch.autograd.Function):
+    """Unlike the others, this may be used within torch.func's transforms."""
+
     @staticmethod
-    def forward(ctx: Any, values: Tensor, active: ActiveSet) -> Tensor:
-        ctx.active, ctx.record = active, recording()
+    def forward(values: Tensor, active: ActiveSet) -> Tensor:
         return active.scatter(values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.active, ctx.record = inputs[1], recording()
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, values: Tensor, active: ActiveSet) -> tuple[Tensor, int]:
+        return _Scatter.apply(values.movedim(in_dims[0], 0), active), 0
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:

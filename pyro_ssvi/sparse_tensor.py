@@ -114,7 +114,8 @@ class SparseTensor(Tensor):
         cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        rule = _RULES.get(func)
+        # The rules' gradients are not made for torch.func's transforms.
+        rule = None if torch._C._are_functorch_transforms_active() else _RULES.get(func)
         if rule is not None:
             result = rule(*args, **kwargs)
             if result is not NotImplemented:
@@ -140,6 +141,10 @@ class SparseTensor(Tensor):
         """The dense tensor; differentiable."""
         dense = autograd.scatter(self.values, self.active)
         return dense.transpose(-1, -2) if self.transposed else dense
+
+    def as_subclass(self, cls: Any) -> Any:
+        """The dense tensor as a ``cls``; torch would ask no rule for this."""
+        return self.to_dense().as_subclass(cls)
 
     def _like(self, values: Tensor) -> SparseTensor:
         active = self.active.to(values.device)

@@ -17,7 +17,9 @@ from pyro.infer import (
     JitTrace_ELBO,
     JitTraceEnum_ELBO,
     JitTraceMeanField_ELBO,
+    ReweightedWakeSleep,
     TraceMeanField_ELBO,
+    TraceTailAdaptive_ELBO,
 )
 from pyro.infer.tracegraph_elbo import JitTraceGraph_ELBO
 from pyro.infer.util import torch_item, zero_grads
@@ -82,7 +84,8 @@ class SSVI(SVI):
     :param model: a Pyro model. Its priors cover active coordinates only.
     :param guide: an :class:`AutoSparseNormal`, or a module that contains some.
     :param optim: a Pyro optimizer. Its state follows its coordinate.
-    :param loss: an ELBO; those that compile with torch.jit would keep the first active set.
+    :param loss: an ELBO, or any ``callable(model, guide, *args, **kwargs)`` that gives a loss;
+        those that compile with torch.jit would keep the first active set.
     :param removal: name of a criterion in :mod:`pyro_ssvi.criteria`, or a ``callable(loc, scale)``
         that gives scores; the smallest are removed.
     :param addition: ``"gradient"``, ``"random"``, an instance of a class in
@@ -153,6 +156,8 @@ class SSVI(SVI):
                 "Gradient(at='mean') has one value of the weights for all particles: use a loss "
                 "without vectorize_particles"
             )
+        if isinstance(loss, ReweightedWakeSleep):
+            self._check_wake_sleep(loss)
         self.new_scale = new_scale
         self.kl_weight = kl_weight
         self.local_reparam = local_reparam
@@ -160,11 +165,25 @@ class SSVI(SVI):
         self.steps = 0
         self._record = GradientRecord()
         self._elbo = loss
-        self._elbo_loss_and_grads = loss.loss_and_grads
+        self._elbo_loss_and_grads = self.loss_and_grads
         self.loss_and_grads: Callable = self._loss_and_grads
         self._fused: FusedELBO | None = None
         # Not before Pyro's own ELBO has looked at every site, in the first step.
         self._may_fuse: bool | None = None
+
+    def _check_wake_sleep(self, loss: ReweightedWakeSleep) -> None:
+        if all(guide.density == 1.0 for guide in self.guides):
+            return
+        if loss.insomnia < 1:
+            raise ValueError(
+                "the sleep phase of ReweightedWakeSleep draws from the prior, where a sparse "
+                f"guide has density 0: use insomnia=1.0, got {loss.insomnia!r}"
+            )
+        if isinstance(self.addition, Gradient):
+            raise ValueError(
+                "ReweightedWakeSleep has no gradient in the weights, which it holds fixed: "
+                "use addition='random'"
+            )
 
     @property
     def guides(self) -> list[AutoSparseNormal]:
@@ -184,7 +203,8 @@ class SSVI(SVI):
             with poutine.trace(param_only=True) as capture:
                 loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
         params = {node["value"].unconstrained() for node in capture.trace.nodes.values()}
-        finite = _is_finite(loss) and _have_finite_gradients(params)
+        unknown = isinstance(self._elbo, TraceTailAdaptive_ELBO)  # it reports inf at all times
+        finite = (unknown or _is_finite(loss)) and _have_finite_gradients(params)
         if finite:
             self.optim(params)
         else:
@@ -227,11 +247,19 @@ class SSVI(SVI):
         with self._handlers(self._kl_weight(), self.local_reparam):
             return super().evaluate_loss(*args, **kwargs)
 
-    def exchange(self, *args: Any, share: float | None = None, **kwargs: Any) -> dict[str, int]:
+    def exchange(
+        self,
+        *args: Any,
+        share: float | None = None,
+        optim: torch.optim.Optimizer | None = None,
+        **kwargs: Any,
+    ) -> dict[str, int]:
         """Exchange coordinates now, by the gradient of one batch, and take no step.
 
         :param share: of each site's active coordinates; by default what the schedule says at
             this step.
+        :param optim: the torch optimizer of a loop of your own, whose state is to follow its
+            coordinates, too.
         :return: how many coordinates of each site were exchanged.
         """
         if share is None:
@@ -241,7 +269,7 @@ class SSVI(SVI):
         self._record = GradientRecord()
         if isinstance(self.addition, Gradient):
             self._backward(args, kwargs, times=self.addition.samples)
-        return self._exchange(share)
+        return self._exchange(share, optim)
 
     def _kl_weight(self) -> float:
         if callable(self.kl_weight):
@@ -306,7 +334,7 @@ class SSVI(SVI):
                 self.loss_and_grads(self.model, guide, *args, **kwargs)
         zero_grads({node["value"].unconstrained() for node in capture.trace.nodes.values()})
 
-    def _exchange(self, share: float) -> dict[str, int]:
+    def _exchange(self, share: float, optim: torch.optim.Optimizer | None = None) -> dict[str, int]:
         record, self._record = self._record, GradientRecord()
         try:
             # All sites are decided before any is changed.
@@ -324,6 +352,8 @@ class SSVI(SVI):
             source = guide.exchange(moves, self.new_scale)
             for param in guide.parameters_in_place():
                 carry_state(self.optim, param, source)
+                if optim is not None:
+                    carry_state(optim, param, source)
         return {name: move.size for _, moves in plans for name, move in moves.items()}
 
     @torch.no_grad()

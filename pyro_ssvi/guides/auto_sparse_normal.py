@@ -51,8 +51,9 @@ class AutoSparseNormal(AutoGuide):
         svi = SSVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
 
     Sparse are real-valued sites with two or more dimensions and independent elements. Sites
-    that are constrained, have fewer dimensions, or are local to a subsampled plate are dense,
-    as in AutoNormal, and so is everything at ``density=1``.
+    that are constrained, have fewer dimensions, are local to a subsampled plate, or stand for
+    data that ``obs_mask`` leaves out are dense, as in AutoNormal, and so is everything at
+    ``density=1``.
 
     All sites share two parameters, ``loc`` and ``scale``, each a vector of the active
     coordinates of one site after the other: an optimizer handles two tensors, whatever the
@@ -197,8 +198,14 @@ class AutoSparseNormal(AutoGuide):
             )
 
     def __getstate__(self) -> dict:
+        # Not AutoGuide's, which would take the model from this guide, too.
+        state = dict(super(AutoGuide, self).__getstate__())
+        state["master"] = None
+        if self.prototype_trace is not None:
+            # It has been run, and need not be copied, nor be picklable.
+            state["_model"] = state["_bare_model"] = None
         # A copy's buffer counts its versions anew: nothing made from the old one is its own.
-        return {**self.__dict__, "_made_from": (None, 0)}
+        return {**state, "_made_from": (None, 0)}
 
     def _require_setup(self) -> None:
         if not self.sites:
@@ -461,7 +468,7 @@ class AutoSparseNormal(AutoGuide):
             if site.is_sparse:
                 results[site.name] = self.active_sets[site.name].scatter(values)
             else:
-                values = values.reshape(-1, *site.shape)
+                values = values.reshape(len(values), *site.shape)
                 results[site.name] = values if site.transform is None else site.transform(values)
         return results
 

@@ -76,7 +76,7 @@ class SparseInitMessenger(InitMessenger):
                     f"Leave it out of density=, or set density={{{name!r}: 1.0, ...}}"
                 )
             return density
-        if refusal is not None or len(shape) < 2:
+        if refusal is not None or len(shape) < 2 or _is_missing_data(msg):
             return 1.0
         if callable(self.density):
             return check_density(self.density(name, shape), name)
@@ -136,6 +136,11 @@ def _why_not_sparse(msg: Any) -> str | None:
         if frame.vectorized and frame.full_size not in (None, frame.size):
             return f"it is local to the subsampled plate {frame.name!r}"
     return None
+
+
+def _is_missing_data(msg: Any) -> bool:
+    """Whether this is what ``pyro.sample(..., obs_mask=...)`` has no observation of."""
+    return msg["name"].endswith("_unobserved") and msg["mask"] is not None
 
 
 def _prior_number(base: Any) -> Tensor:
