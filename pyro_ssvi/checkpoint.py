@@ -276,15 +276,14 @@ def restore(svi: Any, state: Mapping[str, Any], source: str = "the state") -> No
     _check_version(state["version"], source)
     try:
         staged = _Staged(svi, state)
+        was, has = (_described(each) for each in (state["schedule"], _schedule_state(svi.schedule)))
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{source} is damaged: {error!r}") from error
     if staged.problems:
         raise ValueError(f"{source} does not fit this SSVI:\n  " + "\n  ".join(staged.problems))
-    was, has = state["schedule"], _schedule_state(svi.schedule)
     if was != has:
         warnings.warn(
-            f"saved with the schedule {_described(was)}; training goes on with this SSVI's own, "
-            f"{_described(has)}",
+            f"saved with the schedule {was}; training goes on with this SSVI's own, {has}",
             stacklevel=3,
         )
     staged.commit()
@@ -303,6 +302,10 @@ class _Staged:
         self.links: dict[str, tuple[Tensor, Any]] = {}
         self.copies: list[tuple[Tensor, Tensor]] = []
         self.optimizers: dict[Tensor, Any] = {}
+        self.with_grad: dict[Tensor, bool] = {}
+        self.record: list[tuple[str, str, list]] = []
+        self.max_plate_nesting = state["elbo"]["max_plate_nesting"]
+        self.may_fuse = state["elbo"]["may_fuse"]
         self._stage_guides()
         self._compare_modules()
         if not self.problems:  # what follows only adds to what is said above
@@ -394,12 +397,24 @@ class _Staged:
                     )
                     continue
                 _load_state_dict(optimizer, copy.deepcopy(saved["state"]))
+                self._check_moments(key, parameter, optimizer)
                 self.optimizers[parameter] = optimizer, optim._get_grad_clip(parameter)
+                self.with_grad[parameter] = saved["grad"]
         except Exception as error:
             self.problems.append(f"the optimizer's state cannot be loaded: {error!r}")
         finally:
             names.clear()
             names.update(before)
+
+    def _check_moments(self, key: str, parameter: Tensor, optimizer: Any) -> None:
+        state = (optimizer.optimizer if is_scheduler(optimizer) else optimizer).state
+        for name, value in state.get(parameter, {}).items():
+            vectors = isinstance(value, Tensor) and value.dim() == parameter.dim() == 1
+            if vectors and len(value) != len(parameter):
+                self.problems.append(
+                    f"optimizer of {key!r}: {name!r} was saved with shape {tuple(value.shape)}, "
+                    f"the parameter has {tuple(parameter.shape)}"
+                )
 
     def _check_rest(self) -> None:
         steps = self.state["steps"]
@@ -409,6 +424,8 @@ class _Staged:
         for entry in self.state["record"]:
             if (entry["guide"], entry["site"]) not in known:
                 self.problems.append(f"it has a gradient of an unknown site {entry['site']!r}")
+            parts = GradientRecord.read_parts(_plain(entry["parts"], "the record"))
+            self.record.append((entry["guide"], entry["site"], parts))
         try:
             check_random_state(self.state["random"])
         except Exception as error:
@@ -440,12 +457,11 @@ class _Staged:
         svi.steps = state["steps"]
         svi._record = GradientRecord()
         guides = dict(_sparse_guides(svi))
-        for entry in state["record"]:
-            active = guides[entry["guide"]].active_sets[entry["site"]]
-            svi._record.add_parts(active, _plain(entry["parts"], "the record"))
+        for prefix, site, parts in self.record:
+            svi._record.add_parts(guides[prefix].active_sets[site], parts)
         if hasattr(_elbo(svi), "max_plate_nesting"):
-            _elbo(svi).max_plate_nesting = state["elbo"]["max_plate_nesting"]
-        svi._may_fuse, svi._fused = state["elbo"]["may_fuse"], None
+            _elbo(svi).max_plate_nesting = self.max_plate_nesting
+        svi._may_fuse, svi._fused = self.may_fuse, None
         set_random_state(state["random"])
 
     def _commit_store(self) -> None:
@@ -461,9 +477,8 @@ class _Staged:
         optim.grad_clip.clear()
         for parameter, (optimizer, clip) in self.optimizers.items():
             optim.optim_objs[parameter], optim.grad_clip[parameter] = optimizer, clip
-        for key, saved in self.state["optim"].items():
-            parameter = self.parameters[key]
-            parameter.grad = torch.zeros_like(parameter) if saved["grad"] else None
+        for parameter, has_grad in self.with_grad.items():
+            parameter.grad = torch.zeros_like(parameter) if has_grad else None
 
 
 def _unseen_setup(guide: AutoGuide, *args: Any, **kwargs: Any) -> None:

@@ -83,7 +83,8 @@ def top_inactive(
     if step >= rows:
         score = block(0, rows).reshape(-1).index_fill(0, active.indices, -math.inf)
         score, index = score.topk(n, sorted=False)
-        return index, score
+        some = score != -math.inf
+        return index[some], score[some]
     starts = torch.arange(0, rows + step, step, device=active.device) * cols
     bounds = torch.searchsorted(active.indices, starts).tolist()
     scores, indices, kept = [], [], 0

@@ -13,8 +13,10 @@ import torch
 from pyro import distributions as dist
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
+from pyro.util import check_site_shape
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributions import kl_divergence
@@ -34,7 +36,7 @@ class NotFusedError(Exception):
 class FusedELBO:
     """Trace_ELBO or TraceMeanField_ELBO for one particle and an :class:`AutoSparseNormal`.
 
-    Nothing is validated: take the first step with Pyro's.
+    Distributions and values are not validated: take the first step with Pyro's ELBO. Shapes are.
 
     :param loss: the ELBO to stand in for.
     :param guide: the guide.
@@ -44,21 +46,16 @@ class FusedELBO:
     """
 
     def __init__(self, loss: Any, guide: Any, *args: Any, **kwargs: Any) -> None:
-        served = (
-            type(guide) is AutoSparseNormal
-            and type(loss) in (Trace_ELBO, TraceMeanField_ELBO)
-            and loss.num_particles == 1
-            and not loss.retain_graph
-            and not (guide._forward_hooks or guide._forward_pre_hooks)
-        )
-        if not served:
+        if type(guide) is not AutoSparseNormal:
+            raise NotFusedError
+        if type(loss) not in (Trace_ELBO, TraceMeanField_ELBO):
             raise NotFusedError
         guide.set_up(*args, **kwargs)
         frames = [frame for site in guide.sites for frame in site.frames]
         subsampled = any(frame.full_size not in (None, frame.size) for frame in frames)
         if subsampled or len({site.dtype for site in guide.sites}) > 1:
             raise NotFusedError
-        self.guide = guide
+        self.loss, self.guide = loss, guide
         self.closed_form = isinstance(loss, TraceMeanField_ELBO)
         self._sizes: dict[tuple[int, ...], Tensor] = {}
 
@@ -77,7 +74,11 @@ class FusedELBO:
         :param local_reparam: whether products draw their own result.
         :raises NotFusedError: if the model has something that only Pyro's own ELBO can treat.
         """
-        guide = self.guide
+        loss, guide = self.loss, self.guide
+        if loss.num_particles != 1 or loss.retain_graph:
+            raise NotFusedError
+        if guide._forward_hooks or guide._forward_pre_hooks:
+            raise NotFusedError
         with _Run({}) as plates:
             if guide.create_plates is not None:
                 guide.create_plates(*args, **kwargs)
@@ -105,7 +106,12 @@ class FusedELBO:
             model(*args, **kwargs)
         if len(run.latent) != len(values):
             raise NotFusedError
-        likelihood = sum(_log_prob(msg["fn"], msg) for msg in run.observed)
+        likelihood: Any = 0.0
+        for msg in run.observed:
+            msg["log_prob"] = _log_prob(msg["fn"], msg)
+            if is_validation_enabled():
+                check_site_shape(msg, loss.max_plate_nesting)
+            likelihood = likelihood + msg["log_prob"].sum()
 
         divergence: Any = 0.0
         plain, means, stds = [], [], []  # sites whose prior is a normal with two numbers
@@ -179,7 +185,7 @@ class FusedELBO:
                 return kl_divergence(q, prior).sum()
             except NotImplementedError:
                 pass
-        return q.log_prob(msg["value"]).sum() - _log_prob(prior, msg)
+        return q.log_prob(msg["value"]).sum() - _log_prob(prior, msg).sum()
 
 
 class _Squares(torch.autograd.Function):
@@ -229,7 +235,7 @@ def _log_prob(fn: Any, msg: Any) -> Tensor:
         log_prob = fn.log_prob(msg["value"], *msg["args"], **msg["kwargs"])
     except ValueError:
         raise NotFusedError from None  # Pyro says it better
-    return scale_and_mask(log_prob, msg["scale"], msg["mask"]).sum()
+    return scale_and_mask(log_prob, msg["scale"], msg["mask"])
 
 
 class _Run(Messenger):
@@ -241,6 +247,7 @@ class _Run(Messenger):
         self.subsamples = {} if subsamples is None else subsamples
         self.latent: dict[str, Any] = {}
         self.observed: list[Any] = []
+        self.names: set[str] = set()
 
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
@@ -248,12 +255,15 @@ class _Run(Messenger):
             if name in self.subsamples:
                 msg["value"], msg["done"] = self.subsamples[name], True
             return
+        if name in self.names:
+            raise NotFusedError
+        self.names.add(name)
         if msg["is_observed"]:
             return
-        if name not in self.values or name in self.latent:
-            raise NotFusedError
         if isinstance(msg["fn"], SubspacePrior):  # of a model that was wrapped before
             msg["fn"] = msg["fn"].prior
+        if name not in self.values or msg["fn"].shape() != self.values[name].shape:
+            raise NotFusedError
         msg["value"], msg["done"] = self.values[name], True
         self.latent[name] = msg
 

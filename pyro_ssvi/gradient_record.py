@@ -149,6 +149,14 @@ class GradientRecord:
         """What was added, as plain data for a file: for each part its kind and its fields."""
         return [[type(part).__name__, *part] for part in self._parts.get(active, [])]
 
-    def add_parts(self, active: ActiveSet, parts: Iterable[list]) -> None:
-        """Add what :meth:`parts` gave."""
-        self._parts[active].extend(_PARTS[kind](*fields) for kind, *fields in parts)
+    @staticmethod
+    def read_parts(parts: Iterable[list]) -> list[Part]:
+        """What :meth:`parts` gave, to be added.
+
+        :raises KeyError: for a kind of part that is not known, and TypeError for fields missing.
+        """
+        return [_PARTS[kind](*fields) for kind, *fields in parts]
+
+    def add_parts(self, active: ActiveSet, parts: list[Part]) -> None:
+        """Add what :meth:`read_parts` gave."""
+        self._parts[active].extend(parts)

@@ -17,7 +17,12 @@ __all__ = ["Bayesianized", "bayesianize"]
 #: ``prior(name, shape)`` gives the prior of a parameter.
 Prior = Callable[[str, torch.Size], dist.TorchDistribution]
 
-_NORMALISATION = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+_NORMALISATION = (
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []),  # torch 2.4
+)
 
 
 def bayesianize(
@@ -29,9 +34,9 @@ def bayesianize(
 ) -> Bayesianized:
     """Turn a network into a part of a Pyro model: its weights and biases become sample sites.
 
-    The parameters of normalisation layers stay parameters, trained by the same optimizer. A
-    weight that two layers share is one site. Call the result as you would the network, and give
-    its output a likelihood::
+    The parameters of normalisation layers stay parameters, trained by the same optimizer, unless
+    they are frozen (``requires_grad=False``). A weight that two layers share is one site. Call the
+    result as you would the network, and give its output a likelihood::
 
         net = bayesianize(torchvision.models.resnet18(num_classes=10), prior=0.1)
 
@@ -48,7 +53,8 @@ def bayesianize(
         run of the model, so it may have sample statements of its own.
     :param trained: names of more parameters that stay parameters.
     :param name: prefix of the names of sites and parameters, ``"net.conv1.weight"``.
-    :raises ValueError: if ``trained`` names a parameter that is not there, or names them all.
+    :raises ValueError: if ``trained`` names a parameter that is not there, or names them all, or if
+        a parameter has no elements.
     """
     return Bayesianized(module, prior, trained, name)
 
@@ -73,12 +79,19 @@ class Bayesianized(nn.Module):
         for part in module.modules():
             if isinstance(part, _NORMALISATION):
                 kept.update(part.parameters(recurse=False))
+        empty = [key for key, parameter in parameters.items() if 0 in parameter.shape]
+        if empty:
+            raise ValueError(
+                f"parameters {empty} have no elements: was the module made Bayesian before?"
+            )
         self.trained = [key for key, parameter in parameters.items() if parameter in kept]
         self.shapes = {k: p.shape for k, p in parameters.items() if p not in kept}
         if not self.shapes:
             raise ValueError("no parameter of the module is left to be a sample site")
         for key in self.shapes:
             parameters[key].data = parameters[key].new_empty(0)
+        for key in self.trained:  # as the parameter store would have them
+            parameters[key].data = parameters[key].data.contiguous()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Draw the weights and run the network."""
@@ -86,6 +99,9 @@ class Bayesianized(nn.Module):
         values: dict[str, Tensor] = {}
         for key in self.trained:
             own = parameters[key]
+            if not own.requires_grad:  # frozen: pyro.param would train it
+                values[key] = own
+                continue
             full_name = param_with_module_name(self.name, key)
             values[key] = pyro.param(full_name, own)
             if values[key] is not own:

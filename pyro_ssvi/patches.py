@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
@@ -48,14 +50,14 @@ class Patches(NamedTuple):
         columns = x.new_empty(c, kh * kw, b, *out)
         for tap, (rows, cols) in enumerate(self._taps(out)):
             columns[:, tap] = padded[:, :, rows, cols]
-        return columns.view(c * kh * kw, -1)
+        return columns.view(c * kh * kw, b * math.prod(out))
 
     def images(self, columns: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The transpose of :meth:`columns`: patches added up to images of ``shape``."""
         b, c, h, w = shape
         left, right, top, bottom = self.padding
         out = self.out_size((h, w))
-        columns = columns.view(c, -1, b, *out)
+        columns = columns.view(c, math.prod(self.kernel), b, *out)
         padded = columns.new_zeros(c, b, h + top + bottom, w + left + right)
         for tap, (rows, cols) in enumerate(self._taps(out)):
             padded[:, :, rows, cols] += columns[:, tap]
@@ -69,4 +71,14 @@ class Patches(NamedTuple):
         :return: ``[n, c, kh, kw]``.
         """
         shape = (g.shape[1], x.shape[1], *self.kernel)
-        return conv2d_weight(F.pad(x, self.padding), shape, g, self.stride, 0, self.dilation)
+        x = F.pad(x, self.padding)
+        return conv2d_weight(plain(x), shape, plain(g), self.stride, 0, self.dilation)
+
+
+def plain(images: Tensor) -> Tensor:
+    """A copy in the usual memory format, whose strides can be taken for no other.
+
+    With others, and small kernels, torch's gradient on CPU has written where it should not
+    (torch 2.14); contiguous() makes no copy where sizes of 1 leave the strides open.
+    """
+    return images.clone(memory_format=torch.contiguous_format)

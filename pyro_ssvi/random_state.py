@@ -39,6 +39,8 @@ def set_random_state(state: dict[str, Any]) -> None:
 def check_random_state(state: dict[str, Any]) -> None:
     """Raise what :func:`set_random_state` would raise, and set nothing."""
     torch.Generator().set_state(state["torch"].cpu())
+    for cuda in state["cuda"]:
+        cuda.cpu()
     np.random.RandomState().set_state(_numpy(state))
     random.Random().setstate(_python(state))
 

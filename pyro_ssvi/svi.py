@@ -39,6 +39,7 @@ from .fused_elbo import FusedELBO, NotFusedError
 from .gradient_record import GradientRecord
 from .guides import AutoSparseNormal
 from .optimizer_state import carry_state
+from .random_state import leaving_no_trace
 from .schedules import CosineSchedule, Schedule
 
 __all__ = ["SSVI", "SubspaceModel"]
@@ -226,19 +227,27 @@ class SSVI(SVI):
         weight = self._kl_weight()
         # Handlers of others cannot be passed over: that on the stack is the step's own.
         alone = guide is self.guide and len(runtime._PYRO_STACK) == 1
-        if self._may_fuse and alone:
+        hooked = self.model._forward_hooks or self.model._forward_pre_hooks
+        refused = False
+        if self._may_fuse and alone and not hooked:
+            settings = args, kwargs, weight, self.local_reparam
             try:
-                if self._fused is None:
+                if self._fused is None or self._fused.guide is not guide:
                     self._fused = FusedELBO(self._elbo, guide, *args, **kwargs)
-                loss = self._fused(self.model.model, args, kwargs, weight, self.local_reparam)
+                    with leaving_no_trace():  # if it cannot serve, nothing has happened
+                        self._fused(self.model.model, *settings)
+                loss = self._fused(self.model.model, *settings)
             except NotFusedError:
-                self._may_fuse, self._fused = False, None
+                refused = True
             else:
-                loss.backward()
+                if loss.requires_grad:  # not if all is frozen
+                    loss.backward()
                 return loss.item()
         with self._handlers(weight, self.local_reparam and guide is self.guide):
             result = self._elbo_loss_and_grads(model, guide, *args, **kwargs)
-        if self._may_fuse is None and guide is self.guide:
+        if refused:  # and Pyro's ELBO did not raise: it is not a mistake of this step
+            self._may_fuse, self._fused = False, None
+        elif self._may_fuse is None and guide is self.guide:
             self._may_fuse = True
         return result
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pyro_ssvi import ActiveSet, autograd, kernels
+from pyro_ssvi import ActiveSet, SparseTensor, autograd, kernels
 from pyro_ssvi.gradient_record import GradientRecord
 from pyro_ssvi.patches import Patches
 
@@ -113,3 +113,33 @@ def test_auto_takes_the_measured_back_end():
     assert kernels._convolution(full, x).__name__.endswith("dense")
     with kernels.use("torch"):
         assert kernels._convolution(full, x).__name__.endswith("im2col")
+
+
+@pytest.mark.parametrize("backend", kernels.CONVOLUTIONS)
+def test_an_empty_batch(backend):
+    active = ActiveSet.random((4, 3, 3, 3), 20)
+    values = torch.randn(20, requires_grad=True)
+    x = torch.randn(0, 3, 5, 5, requires_grad=True)
+    with kernels.use(backend):
+        out = F.conv2d(x, SparseTensor(values, active))
+        assert out.shape == (0, 4, 3, 3)
+        out.sum().backward()
+    assert x.grad.shape == x.shape
+    assert not values.grad.any()
+
+
+def test_gradient_of_a_pointwise_kernel_in_another_memory_format():
+    """torch's own has overwritten memory there: strided, of few channels, on channels_last."""
+    x = torch.randn(16, 2, 1, 17).contiguous(memory_format=torch.channels_last)
+    active = ActiveSet.random((2, 1, 1, 1), 1)
+    options = {"stride": (1, 3), "padding": (2, 2), "groups": 2}
+    for _ in range(20):
+        values = torch.randn(1, requires_grad=True)
+        with GradientRecord() as record:
+            out = F.conv2d(x, SparseTensor(values, active), **options)
+            g = torch.randn(out.shape)
+            out.backward(g)
+        weight = torch.zeros(2, 1, 1, 1, dtype=torch.float64, requires_grad=True)
+        F.conv2d(x.double().contiguous(), weight, **options).backward(g.double())
+        found = record.block(active, 0, 2).double()
+        torch.testing.assert_close(found, weight.grad.reshape(2, 1), rtol=1e-4, atol=1e-4)

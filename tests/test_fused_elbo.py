@@ -252,3 +252,112 @@ def test_bad_data_gets_pyro_s_message():
     svi, _, _ = train("plain", Trace_ELBO())
     with pytest.raises(ValueError, match="at site 'obs'"):
         svi.step(x, torch.zeros(7))
+
+
+@pytest.mark.parametrize(
+    ("late_x", "late_y", "message"),
+    [
+        (x, y[:, None], "invalid log_prob shape"),  # would be 20x20 densities
+        (x, y.expand(3, 20), "invalid log_prob shape"),
+    ],
+)
+def test_shapes_are_checked_in_every_step(late_x, late_y, message):
+    svi, _, _ = train("plain", Trace_ELBO())
+    before = svi.guide.median()
+    with pytest.raises(ValueError, match=message):
+        svi.step(late_x, late_y)
+    for name, value in svi.guide.median().items():
+        assert torch.equal(value, before[name])
+
+
+def test_a_prior_that_changes_its_shape_is_pyro_s_business():
+    width = [10]
+
+    def model(x, y):
+        w0 = pyro.sample("w0", dist.Normal(0.0, 1.0).expand([width[0], 12]).to_event(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(F.linear(x, w0).sum(-1), 1.0), obs=y)
+
+    guide = AutoSparseNormal(model, density=0.3)
+    svi = SSVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    for _ in range(3):
+        svi.step(x, y)
+    assert svi._fused is not None
+    width[0] = 9
+    with pytest.raises(ValueError, match="disagree"):
+        svi.step(x, y)
+
+
+def test_two_sites_of_one_name_are_pyro_s_business():
+    twice = []
+
+    def model(x, y):
+        plain(x, y)
+        for _ in twice:
+            with pyro.plate("more", len(x)):
+                pyro.sample("obs", dist.Normal(0.0, 1.0), obs=y)
+
+    guide = AutoSparseNormal(model, density=0.3)
+    svi = SSVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    for _ in range(3):
+        svi.step(x, y)
+    twice.append(True)
+    with pytest.raises(RuntimeError, match="Multiple sample sites named 'obs'"):
+        svi.step(x, y)
+
+
+def test_settings_of_the_loss_and_the_guide_may_change():
+    calls = []
+    svi, _, _ = train("plain", Trace_ELBO())
+    assert svi._fused is not None
+    svi.guide.register_forward_hook(lambda *args: calls.append(1))
+    svi.step(x, y)
+    assert calls
+
+    svi, _, _ = train("plain", Trace_ELBO())
+    svi._elbo.num_particles = 3
+    svi.step(x, y)
+    assert svi._fused is None
+
+
+def test_another_guide_is_trained_once_it_is_there():
+    svi, _, _ = train("plain", Trace_ELBO())
+    with pyro.settings.context(module_local_params=True):
+        other = AutoSparseNormal(plain, density=0.3)
+        other(x, y)
+        svi.guide = other
+        before = other.median()["w0"]
+        svi.step(x, y)
+        assert not torch.equal(other.median()["w0"], before)
+
+
+def test_a_frozen_guide():
+    guide = AutoSparseNormal(plain, density=0.3)
+    svi = SSVI(plain, guide, pyro.optim.SGD({"lr": 1e-4}), Trace_ELBO())
+    for _ in range(3):
+        svi.step(x, y)
+    guide.requires_grad_(False)
+    before = guide.median()["w0"]
+    assert svi.step(x, y) != 0
+    assert torch.equal(guide.median()["w0"], before)
+
+
+def test_a_model_that_it_cannot_serve_runs_once_a_step():
+    """The trial of the second step leaves neither draws nor running statistics behind."""
+    results = []
+    for loss in (Trace_ELBO(), PyroTrace()):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(1)
+        norm = torch.nn.BatchNorm1d(12)
+
+        def model(x, y, norm=norm):
+            plain(norm(x), y)
+            pyro.sample("of its own", dist.Normal(0.0, 1.0))  # not in the guide
+
+        guide = AutoSparseNormal(poutine.block(model, hide=["of its own"]), density=0.3)
+        svi = SSVI(model, guide, pyro.optim.Adam({"lr": 0.01}), loss)
+        with pytest.warns(UserWarning, match="Found vars in model but not guide"):
+            losses = [svi.step(x, y) for _ in range(4)]
+        assert not svi._may_fuse
+        results.append((losses, int(norm.num_batches_tracked)))
+    assert results[0] == results[1]

@@ -207,3 +207,42 @@ def test_torchvision_s_resnet18():
         svi.exchange(images[:4], labels[:4], share=0.1)
     assert len(guide.active_sets) == 22  # 20 convolutions, a weight and a bias
     assert F.softmax(model.net(images[:4]), -1).isfinite().all()
+
+
+def test_frozen_parameters_stay_as_they_are():
+    net = convnet()
+    net[1].weight.requires_grad_(False)
+    model = Classifier(net, trained=["8.bias"])
+    model.net.module[8].bias.requires_grad_(False)
+    guide = AutoSparseNormal(model, density=0.3)
+    svi = SSVI(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+    before = {key: value.clone() for key, value in net.named_parameters()}
+    for _ in range(2):
+        svi.step(images, labels)
+    after = dict(net.named_parameters())
+    for key in ("1.weight", "8.bias"):
+        assert torch.equal(after[key], before[key])
+        assert not after[key].requires_grad
+    assert not torch.equal(after["1.bias"], before["1.bias"])
+
+
+@pytest.mark.skipif(not hasattr(nn, "RMSNorm"), reason="torch is too old")
+def test_root_mean_square_normalisation_is_trained():
+    net = bayesianize(nn.Sequential(nn.Linear(3, 4), nn.RMSNorm(4)))
+    assert net.trained == ["1.weight"]
+
+
+def test_trained_weights_in_another_memory_format():
+    net = convnet().to(memory_format=torch.channels_last)
+    model = Classifier(net, trained=["0.weight"])
+    guide = AutoSparseNormal(model, density=0.3)
+    svi = SSVI(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+    for _ in range(2):
+        svi.step(images, labels)
+
+
+def test_a_module_cannot_be_made_bayesian_twice():
+    net = convnet()
+    bayesianize(net)
+    with pytest.raises(ValueError, match=r"'0.weight'.* made Bayesian before"):
+        bayesianize(net)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from ..active_set import ActiveSet
-from ..patches import Patches
+from ..patches import Patches, plain
 
 __all__ = ["conv", "conv_input", "conv_sampled", "matmul", "sampled"]
 
@@ -43,12 +43,12 @@ def conv_input(
     b, c, h, w = shape
     padded = (b, c, h + top + bottom, w + left + right)
     weight = _kernel(active, values, patches)
-    grad = conv2d_input(padded, weight, g, patches.stride, 0, patches.dilation, groups)
+    grad = conv2d_input(padded, weight, plain(g), patches.stride, 0, patches.dilation, groups)
     return grad[:, :, top : top + h, left : left + w]
 
 
 def conv_sampled(active: ActiveSet, g: Tensor, x: Tensor, patches: Patches, groups: int) -> Tensor:
-    x = F.pad(x, patches.padding)
+    x, g = plain(F.pad(x, patches.padding)), plain(g)
     shape = (active.shape[0], x.shape[1] // groups, *patches.kernel)
     grad = conv2d_weight(x, shape, g, patches.stride, 0, patches.dilation, groups)
     return grad.flatten().index_select(0, active.indices)
