@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint bench docs quality wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/compare_with_autonormal.py --dataset digits
@@ -19,6 +19,17 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/training_step.py
 
+quality: $(VENV)/.installed
+	$(BIN)/python benchmarks/quality.py --data-dir $(DATA_DIR) --quick
+
+# Builds the wheel, and runs the quick start with nothing of the repository but the wheel.
+wheel: $(VENV)/.installed
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/python -m pip install --quiet --no-deps --target build/alone dist/pyro_ssvi-*.whl
+	cd build && PYTHONPATH=alone ../$(BIN)/python -c "import pyro_ssvi; print(pyro_ssvi.__file__)"
+	cd build && PYTHONPATH=alone ../$(BIN)/python -m pytest -q ../tests/test_docs.py -k quickstart
+
 docs: $(VENV)/.installed-docs
 	$(BIN)/sphinx-build -W -b html docs docs/_build/html
 
@@ -27,7 +38,18 @@ $(VENV)/.installed: setup.py
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
-$(VENV)/.installed-docs: $(VENV)/.installed
+$(VENV)/.installed-quality: $(VENV)/.installed
+	$(BIN)/python benchmarks/quality.py --data-dir $(DATA_DIR) --quick
+
+# Builds the wheel, and runs the quick start with nothing of the repository but the wheel.
+wheel: $(VENV)/.installed
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/python -m pip install --quiet --no-deps --target build/alone dist/pyro_ssvi-*.whl
+	cd build && PYTHONPATH=alone ../$(BIN)/python -c "import pyro_ssvi; print(pyro_ssvi.__file__)"
+	cd build && PYTHONPATH=alone ../$(BIN)/python -m pytest -q ../tests/test_docs.py -k quickstart
+
+docs: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	touch $@
 

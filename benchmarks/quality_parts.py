@@ -14,11 +14,11 @@ SEEDS = (0, 1, 2)
 
 SPARSE = Setting()
 # Learning rate, KL weight and prior scale of each were chosen on held-out training images.
-DENSE = Setting(method="autonormal", density=1.0, lr=1e-3, kl_weight=0.1, share=0.0)
-DENSE_LOCAL = Setting(density=1.0, lr=1e-3, local=True, share=0.0)
+DENSE = Setting(method="autonormal", density=1.0, lr=1e-3, addition="gradient", share=0.0)
+DENSE_LOCAL = Setting(density=1.0, lr=1e-3, local=True, addition="gradient", share=0.0)
 # As long as AutoNormal takes for its ten epochs.
-LONGER = replace(SPARSE, epochs=40, local=True, kl_weight=0.15, batches=10)
-NET = Setting(method="deterministic", density=1.0, lr=1e-3, share=0.0)
+LONGER = replace(SPARSE, epochs=40, local=True, kl_weight=0.2)
+NET = Setting(method="deterministic", density=1.0, lr=1e-3, addition="gradient", share=0.0)
 
 
 def seeds(settings: list[Setting]) -> list[Setting]:
@@ -46,7 +46,6 @@ def wider() -> list[Setting]:
                 replace(SPARSE, net=net, density=d)
                 for net, d in (("400-400", 0.2), ("800-800", 0.075), ("1600-1600", 0.025))
             ),
-            replace(SPARSE, net="1600-1600", density=0.05),
         ]
     )
 
@@ -67,8 +66,9 @@ def criteria() -> list[Setting]:
                     "snr_exp_abs",
                 )
             ),
+            replace(at, addition="gradient"),
+            replace(at, addition="gradient", batches=10),
             replace(at, addition="random"),
-            replace(at, batches=10),
             replace(at, share=0.0),
         ]
     )
@@ -104,6 +104,7 @@ def without_posterior() -> list[Setting]:
                 (0.05, "gradient", True),
                 (0.05, "random", True),
                 (0.02, "gradient", True),
+                (0.02, "random", True),
             )
         ]
     )
@@ -120,10 +121,10 @@ def lenet() -> list[Setting]:
 
 
 def robustness() -> list[Setting]:
-    """One epoch each at 18 settings, dense and sparse."""
-    grid = product((1e-4, 1e-3, 1e-2), (1e-3, 1e-2, 1e-1), (0.1, 1.0))
+    """Two epochs each at 12 settings, dense and sparse."""
+    grid = product((2e-4, 2e-3, 2e-2), (1e-2, 1e-1), (0.1, 1.0))
     return [
-        replace(base, lr=lr, init_scale=init_scale, prior_scale=prior_scale, epochs=1)
+        replace(base, lr=lr, init_scale=init_scale, prior_scale=prior_scale, epochs=2)
         for lr, init_scale, prior_scale in grid
         for base in (DENSE, SPARSE)
     ]
@@ -138,14 +139,13 @@ def steps() -> list[Setting]:
         *(replace(SPARSE, density=d) for d in (0.2, 0.1, 0.05, 0.02, 0.01)),
         replace(SPARSE, net="800-800", density=0.075),
         replace(SPARSE, net="1600-1600", density=0.025),
-        replace(SPARSE, net="1600-1600", density=0.05),
     ]
 
 
 _PARTS: tuple[Callable[[], list[Setting]], ...] = (
     densities,
-    wider,
     lenet,
+    wider,
     without_posterior,
     criteria,
     agreement,

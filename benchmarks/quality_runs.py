@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
 from pyro_ssvi import SSVI, AutoSparseNormal, ConstantSchedule, CosineSchedule
-from pyro_ssvi.addition import Gradient
+from pyro_ssvi.addition import ADDITION
 from pyro_ssvi.criteria import REMOVAL
 from pyro_ssvi.densities import ErdosRenyiKernel, Policy, Uniform
 from pyro_ssvi.diagnostics import class_calibration_error, elbo_parts, overlap, uncertainty
@@ -65,7 +65,7 @@ class Setting:
     init_loc: str = "fan-in"
     init_scale: float = 0.01
     removal: str = "snr_abs"
-    addition: str = "gradient"
+    addition: str = "sampled_gradient"
     batches: int = 1
     every: int = 100
     share: float = 0.3
@@ -197,7 +197,9 @@ class Bayesian(Contender):
                 optim,
                 elbo,
                 removal=setting.removal,
-                addition=Gradient(setting.batches) if setting.batches > 1 else setting.addition,
+                addition=replace(ADDITION[setting.addition], batches=setting.batches)
+                if setting.batches > 1
+                else setting.addition,
                 schedule=CosineSchedule(every, setting.share, stop)
                 if setting.share
                 else ConstantSchedule(every=num_steps + 1),

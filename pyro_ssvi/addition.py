@@ -22,18 +22,25 @@ class Gradient:
     This is the paper's criterion (arXiv 2402.11025, section 3.3), with the expectation under q
     estimated from draws in the last training steps, or replaced by its value at the mean.
 
+    The largest gradients of one moment often belong to the same units and want the same thing.
+    ``sampled=True`` draws the added coordinates instead, without replacement, with probabilities
+    in proportion to their scores, by adding those that come first in an exponential race. That
+    takes a random number for each coordinate of the site.
+
     :param batches: gradients are averaged over the last so many steps before an exchange.
     :param samples: and in each over so many draws; all but the step's own cost a pass each.
     :param at: ``"sample"`` takes the gradient of the training steps themselves, which costs no
         extra pass; ``"mean"`` makes an extra pass for each batch with q at its mean.
     :param score: ``score(gradient) -> scores`` of the same shape, elementwise; the largest are
         added. It sees a site's matrix by blocks of rows.
+    :param sampled: draw by score, instead of taking the largest.
     """
 
     batches: int = 1
     samples: int = 1
     at: str = "sample"
     score: Callable[[Tensor], Tensor] = torch.abs
+    sampled: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batches", "samples"):
@@ -61,6 +68,9 @@ class Gradient:
                     f"the addition criterion gave {scores.dtype} scores of shape "
                     f"{tuple(scores.shape)}, expected floats of shape {tuple(gradient.shape)}"
                 )
+            if self.sampled:
+                times = torch.empty_like(scores).exponential_().clamp_(min=1e-20)
+                scores = scores / times
             return scores
 
         added, scores = top_inactive(active, n, block)
@@ -82,7 +92,11 @@ class Random:
 
 
 Addition = Gradient | Random
-ADDITION: dict[str, Addition] = {"gradient": Gradient(), "random": Random()}
+ADDITION: dict[str, Addition] = {
+    "gradient": Gradient(),
+    "sampled_gradient": Gradient(sampled=True),
+    "random": Random(),
+}
 
 
 def addition_criterion(spec: str | Addition | Callable[[Tensor], Tensor]) -> Addition:

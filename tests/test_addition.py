@@ -62,6 +62,7 @@ def test_what_is_no_criterion(spec):
 
 def test_names_and_bad_input():
     assert addition_criterion("gradient") == Gradient()
+    assert addition_criterion("sampled_gradient") == Gradient(sampled=True)
     assert addition_criterion("random") == Random()
     assert addition_criterion(Gradient(batches=3)).batches == 3
     with pytest.raises(ValueError, match=r"'momentum'.*'gradient', 'random'"):
@@ -74,3 +75,33 @@ def test_names_and_bad_input():
         Gradient(at="mean", samples=2)
     with pytest.raises(ValueError, match="at='sample'"):
         Gradient(at="mode")
+
+
+def test_sampled_is_in_proportion_to_the_score():
+    active = ActiveSet(torch.tensor([1]), (2, 3))
+    gradient = torch.tensor([[1.0, 9.0, -2.0], [0.0, 3.0, -4.0]])
+    record = GradientRecord()
+    record.add_dense(active, gradient)
+    n, counts = 4000, torch.zeros(6)
+    for _ in range(n):
+        counts[Gradient(sampled=True).choose(active, 1, record)] += 1
+    p = torch.tensor([1.0, 0.0, 2.0, 0.0, 3.0, 4.0]) / 10
+    deviation = (counts / n - p) / (p * (1 - p) / n).sqrt().clamp(min=1e-9)
+    assert deviation.abs().max() < 4.5
+
+
+def test_sampled_is_without_replacement_and_by_blocks(setting, monkeypatch):
+    active, record, _ = setting
+    monkeypatch.setattr("pyro_ssvi.exchange.BLOCK_BYTES", 40)  # two rows
+    for _ in range(50):
+        added = Gradient(sampled=True).choose(active, 10, record)
+        assert len(added.unique()) == 10
+        assert not torch.isin(added, active.indices).any()
+
+
+def test_sampled_where_the_gradient_is_not_finite_or_0(setting):
+    active, record, _ = setting
+    assert len(Gradient(sampled=True, score=torch.zeros_like).choose(active, 4, record)) == 4
+    record.add_dense(active, torch.full((6, 5), float("nan")))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        Gradient(sampled=True).choose(active, 4, record)
