@@ -19,7 +19,14 @@ examples = [
     "tqdm>=4.60",
 ]
 docs = ["furo", "myst-parser", "sphinx>=7"]
-dev = ["hypothesis>=6.80", "ivon-opt>=0.1.3", "mypy>=1.8", "pytest>=7.4", "ruff>=0.4"]
+dev = [
+    "hypothesis>=6.80",
+    "ivon-opt>=0.1.3",
+    "lightning>=2.2",
+    "mypy>=1.8",
+    "pytest>=7.4",
+    "ruff>=0.4",
+]
 
 setup(
     name="pyro-ssvi",

@@ -20,7 +20,14 @@ from pyro.infer.autoguide import (
 from pyro.infer.reparam import LocScaleReparam
 from torch.distributions import biject_to, kl_divergence
 
-from pyro_ssvi import SSVI, AutoSparseNormal, SparseTensor, SubspaceModel, forbid_materialise
+from pyro_ssvi import (
+    SSVI,
+    AutoSparseNormal,
+    ConstantSchedule,
+    SparseTensor,
+    SubspaceModel,
+    forbid_materialise,
+)
 
 x, y = torch.randn(20, 6), torch.randn(20)
 
@@ -578,3 +585,16 @@ def test_parameters_gone_bad_are_named(name):
         guide(x, y)
     with pyro.validation_enabled(False):
         guide(x, y)
+
+
+def test_inference_mode_between_steps_and_before():
+    guide = AutoSparseNormal(bnn, density=0.25)
+    with torch.inference_mode():
+        guide(x, y)
+    schedule = ConstantSchedule(every=1)
+    svi = SSVI(bnn, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(), schedule=schedule)
+    for _ in range(3):
+        svi.step(x, y)
+        with torch.inference_mode():
+            poutine.replay(bnn, poutine.trace(guide).get_trace(x, y))(x, y)
+            guide.median()

@@ -10,7 +10,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 MODULES = {"datasets.py"}  # imported by examples, tested in test_datasets.py
-ELSEWHERE = {"resnet_cifar.py"}  # tested in a file of its own
+ELSEWHERE = {"lightning_module.py", "resnet_cifar.py"}  # tested in files of their own
 SMALL = {
     "billion_weights.py": "--weights 2e4 4e4 --active 6e3 --steps 8 --threads 1",
     "compare_with_autonormal.py": (

@@ -107,7 +107,8 @@ class AutoSparseNormal(AutoGuide):
     def set_up(self, *args: Any, **kwargs: Any) -> None:
         """Run the model once, if the guide has not seen it."""
         if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
+            with torch.inference_mode(False):  # or the parameters could never be trained
+                self._setup_prototype(*args, **kwargs)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         try:
