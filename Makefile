@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench docs quality wheel clean
+.PHONY: demo test lint bench soak docs quality wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/compare_with_autonormal.py --dataset digits
@@ -18,6 +18,9 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/training_step.py
+
+soak: $(VENV)/.installed
+	$(BIN)/python benchmarks/soak.py
 
 quality: $(VENV)/.installed
 	$(BIN)/python benchmarks/quality.py --data-dir $(DATA_DIR) --quick
@@ -38,7 +41,10 @@ $(VENV)/.installed: setup.py
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
-$(VENV)/.installed-quality: $(VENV)/.installed
+$(VENV)/.installed-soak: $(VENV)/.installed
+	$(BIN)/python benchmarks/soak.py
+
+quality: $(VENV)/.installed
 	$(BIN)/python benchmarks/quality.py --data-dir $(DATA_DIR) --quick
 
 # Builds the wheel, and runs the quick start with nothing of the repository but the wheel.

@@ -183,3 +183,8 @@ def test_quality_study_asks_for_data(quality, capsys):
     with pytest.raises(SystemExit):
         quality.main([])
     assert "--data-dir is needed" in capsys.readouterr().err
+
+
+def test_soak(tmp_path):
+    result = run("soak.py", "--steps 200 --every 20", tmp_path)
+    assert "200 steps, 10 exchanges" in result.stdout, result.stderr
