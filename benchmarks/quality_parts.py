@@ -17,7 +17,7 @@ SPARSE = Setting()
 DENSE = Setting(method="autonormal", density=1.0, lr=1e-3, addition="gradient", share=0.0)
 DENSE_LOCAL = Setting(density=1.0, lr=1e-3, local=True, addition="gradient", share=0.0)
 # As long as AutoNormal takes for its ten epochs.
-LONGER = replace(SPARSE, epochs=40, local=True, kl_weight=0.2)
+LONGER = replace(SPARSE, epochs=40, local=True, batches=10)
 NET = Setting(method="deterministic", density=1.0, lr=1e-3, addition="gradient", share=0.0)
 
 

@@ -188,3 +188,11 @@ def test_quality_study_asks_for_data(quality, capsys):
 def test_soak(tmp_path):
     result = run("soak.py", "--steps 200 --every 20", tmp_path)
     assert "200 steps, 10 exchanges" in result.stdout, result.stderr
+
+
+def test_prediction(tmp_path):
+    arguments = "--hidden 16 --density 0.1 --batch-size 8 --samples 2 --rounds 2"
+    result = run("prediction.py", arguments, tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = [line.split("  ")[0] for line in result.stdout.splitlines()[-2:]]
+    assert rows == ["Predictive, AutoNormal", "SparsePredictive 10%"]
