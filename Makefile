@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/compare_with_autonormal.py --dataset digits
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -25,6 +25,7 @@ dev = [
     "lightning>=2.2",
     "mypy>=1.8",
     "pytest>=7.4",
+    "pytest-xdist>=3.5",
     "ruff>=0.4",
 ]
 

@@ -38,6 +38,7 @@ from .exchange import Move, smallest, swap
 from .fused_elbo import FusedELBO, NotFusedError
 from .gradient_record import GradientRecord
 from .guides import AutoSparseNormal
+from .interrupts import uninterrupted
 from .optimizer_state import carry_state
 from .random_state import leaving_no_trace
 from .schedules import CosineSchedule, Schedule
@@ -355,14 +356,15 @@ class SSVI(SVI):
                 stacklevel=3,
             )
             return {}
-        for guide, moves in plans:
-            if not moves:
-                continue
-            source = guide.exchange(moves, self.new_scale)
-            for param in guide.parameters_in_place():
-                carry_state(self.optim, param, source)
-                if optim is not None:
-                    carry_state(optim, param, source)
+        with uninterrupted():
+            for guide, moves in plans:
+                if not moves:
+                    continue
+                source = guide.exchange(moves, self.new_scale)
+                for param in guide.parameters_in_place():
+                    carry_state(self.optim, param, source)
+                    if optim is not None:
+                        carry_state(optim, param, source)
         return {name: move.size for _, moves in plans for name, move in moves.items()}
 
     @torch.no_grad()
