@@ -16,8 +16,8 @@ SPARSE = Setting()
 # Learning rate, KL weight and prior scale of each were chosen on held-out training images.
 DENSE = Setting(method="autonormal", density=1.0, lr=1e-3, addition="gradient", share=0.0)
 DENSE_LOCAL = Setting(density=1.0, lr=1e-3, local=True, addition="gradient", share=0.0)
-# As long as AutoNormal takes for its ten epochs.
-LONGER = replace(SPARSE, epochs=40, local=True, batches=10)
+# In no more time than AutoNormal takes for its ten epochs.
+LONGER = replace(SPARSE, epochs=30, local=True, kl_weight=0.15)
 NET = Setting(method="deterministic", density=1.0, lr=1e-3, addition="gradient", share=0.0)
 
 
