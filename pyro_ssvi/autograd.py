@@ -15,7 +15,7 @@ from .active_set import ActiveSet
 from .gradient_record import recording
 from .patches import Patches
 
-__all__ = ["conv", "matmul", "rows", "scatter"]
+__all__ = ["conv", "matmul", "mv", "rows", "scatter"]
 
 
 def _as_it_is(forward: Callable) -> Callable:
@@ -58,6 +58,32 @@ class _Matmul(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_x = kernels.matmul(ctx.active, values, g, not ctx.transposed)
         return grad_values, grad_x, None, None, None
+
+
+class _Mv(torch.autograd.Function):
+    @staticmethod
+    @_as_it_is
+    def forward(ctx: Any, values: Tensor, x: Tensor, active: ActiveSet, record: bool) -> Tensor:
+        columns = x.index_select(1, active.indices)
+        ctx.record = recording() if record else None
+        # All of x for the record alone: a vector's product reads few of its columns.
+        ctx.save_for_backward(values, columns, None if ctx.record is None else x)
+        ctx.active, ctx.width = active, x.shape[1]
+        return columns @ values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        values, columns, x = ctx.saved_tensors
+        grad_values = grad_x = None
+        if ctx.needs_input_grad[0]:
+            if ctx.record is not None:
+                ctx.record.add_product(ctx.active, x.t(), g.unsqueeze(0))
+            grad_values = columns.t() @ g
+        if ctx.needs_input_grad[1]:
+            grad_x = g.new_zeros(len(g), ctx.width)
+            grad_x.index_copy_(1, ctx.active.indices, torch.outer(g, values))
+        return grad_values, grad_x, None, None
 
 
 class _Conv(torch.autograd.Function):
@@ -154,6 +180,16 @@ def matmul(
     :return: ``[n, b]``, or ``[m, b]`` if ``transposed``.
     """
     return _Matmul.apply(values, x, active, transposed, record)
+
+
+def mv(values: Tensor, active: ActiveSet, x: Tensor, record: bool = True) -> Tensor:
+    """A dense matrix times the site, which is a vector; differentiable once.
+
+    :param values: ``[K]``.
+    :param x: ``[b, m]``.
+    :return: ``[b]``.
+    """
+    return _Mv.apply(values, x, active, record)
 
 
 def conv(

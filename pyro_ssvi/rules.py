@@ -1,8 +1,8 @@
 """What torch's functions do with a sparse value: one rule for each family of spellings.
 
 A rule has its function's own signature, so keywords bind as in torch. Rules serve a site that
-is a matrix; whatever else they are asked, they return ``NotImplemented`` and the dense
-fall-back answers.
+is a matrix, and products one that is a vector; whatever else they are asked, they return
+``NotImplemented`` and the dense fall-back answers.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ def _is_matrix(x: Any) -> TypeGuard[SparseTensor]:
     return isinstance(x, SparseTensor) and x.dim() == 2 and x.values.dim() == 1
 
 
+def _is_vector(x: Any) -> TypeGuard[SparseTensor]:
+    return isinstance(x, SparseTensor) and x.dim() == x.values.dim() == 1
+
+
 def _columns(x: Tensor) -> Tensor:
     """``[*, m]`` as ``[m, b]``."""
     return x.reshape(-1, x.shape[-1]).t()
@@ -37,6 +41,17 @@ def _product(weight: SparseTensor, x: Tensor) -> Tensor:
         return autograd.matmul(values, weight.active, x, weight.transposed, record)
 
     return _drawn(weight, x, product)
+
+
+def _dot(x: Tensor, vector: SparseTensor) -> Any:
+    """``x @ vector`` for ``x [*, m]``."""
+    if not _can_multiply(x, vector) or x.dim() == 0 or x.shape[-1] != vector.shape[0]:
+        return NotImplemented
+
+    def product(values: Tensor, x: Tensor, record: bool) -> Tensor:
+        return autograd.mv(values, vector.active, x, record)
+
+    return _drawn(vector, x.reshape(-1, x.shape[-1]), product).reshape(x.shape[:-1])
 
 
 def _drawn(
@@ -77,6 +92,10 @@ def matmul(input: Tensor, other: Tensor) -> Any:
     if _is_matrix(other):
         # x @ W, with W's transpose as a linear layer's weight.
         return linear(input, transpose(other, 0, 1))
+    if _is_vector(other):
+        return _dot(input, other)
+    if _is_vector(input) and isinstance(other, Tensor) and other.dim() >= 1:
+        return _dot(other.mT if other.dim() > 1 else other, input)
     if _is_matrix(input) and _can_multiply(other, input) and 1 <= other.dim() <= 2:
         if other.shape[0] != input.shape[1]:
             return NotImplemented
@@ -99,6 +118,11 @@ def mm(input: Tensor, mat2: Tensor) -> Any:
 @implements(Tensor.mv, torch.mv)
 def mv(input: Tensor, vec: Tensor) -> Any:
     return matmul(input, vec) if (input.dim(), vec.dim()) == (2, 1) else NotImplemented
+
+
+@implements(Tensor.dot, torch.dot)
+def dot(input: Tensor, tensor: Tensor) -> Any:
+    return matmul(input, tensor) if input.dim() == tensor.dim() == 1 else NotImplemented
 
 
 @implements(Tensor.transpose, torch.transpose)

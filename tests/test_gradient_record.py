@@ -31,6 +31,17 @@ def test_equals_the_gradient_of_the_dense_twin(name):
     torch.testing.assert_close(record.block(active, 1, 3), dense.grad[1:3])
 
 
+@pytest.mark.parametrize("use", [lambda v, x: (x @ v).sin(), lambda v, x: (v @ x.T).exp()])
+def test_of_a_vector(use):
+    active = ActiveSet.random((4,), 2)
+    values, x = torch.randn(2, requires_grad=True), torch.randn(3, 4)
+    dense = active.scatter(values.detach()).requires_grad_()
+    with GradientRecord() as record:
+        use(SparseTensor(values, active), x).sum().backward()
+    use(dense, x).sum().backward()
+    torch.testing.assert_close(record.block(active, 0, 4).squeeze(-1), dense.grad)
+
+
 def test_nothing_is_recorded_outside():
     active = ActiveSet.random((5, 4), 6)
     W = SparseTensor(torch.randn(6, requires_grad=True), active)

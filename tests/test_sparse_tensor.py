@@ -60,6 +60,22 @@ PRODUCTS = {
     "W.contiguous()": lambda W, x, z, b: F.linear(x, W.contiguous()),
 }
 
+# The same of a vector v [IN].
+VECTOR_PRODUCTS = {
+    "x @ v": lambda v, x, z, b: x @ v,
+    "1-d x @ v": lambda v, x, z, b: x[0] @ v,
+    "3-d x @ v": lambda v, x, z, b: x.expand(2, BATCH, IN) @ v,
+    "v @ x.T": lambda v, x, z, b: v @ x.T,
+    "v @ 1-d x": lambda v, x, z, b: v @ x[0],
+    "v @ 3-d x.T": lambda v, x, z, b: v @ x.T.expand(2, IN, BATCH),
+    "torch.mv(x, v)": lambda v, x, z, b: torch.mv(x, v),
+    "x.mv(v)": lambda v, x, z, b: x.mv(v),
+    "torch.dot(x, v)": lambda v, x, z, b: torch.dot(x[0], v),
+    "v.dot(x)": lambda v, x, z, b: v.dot(x[0]),
+    "torch.matmul by keyword": lambda v, x, z, b: torch.matmul(input=x, other=v),
+    "v used twice": lambda v, x, z, b: (x @ v).sin() @ x @ v,
+}
+
 # No rule: right all the same, through the dense tensor.
 OTHERS = {
     "einsum": lambda W, x, z, b: torch.einsum("bi,oi->bo", x, W),
@@ -126,6 +142,20 @@ def test_products_run_sparsely(name, k):
     with forbid_materialise():
         assert_equal_in_value_and_gradient(PRODUCTS[name], ActiveSet.random((OUT, IN), k))
     assert not dense_fallbacks
+
+
+@pytest.mark.parametrize("k", [1, 2, IN])
+@pytest.mark.parametrize("name", VECTOR_PRODUCTS)
+def test_products_with_a_vector_run_sparsely(name, k):
+    with forbid_materialise():
+        assert_equal_in_value_and_gradient(VECTOR_PRODUCTS[name], ActiveSet.random((IN,), k))
+
+
+@pytest.mark.parametrize("wrong", [lambda v, x: x.t() @ v, lambda v, x: v @ x])
+def test_a_vector_of_another_length_gets_torch_s_own_error(wrong):
+    v = SparseTensor(torch.randn(2), ActiveSet.random((IN,), 2))
+    with pytest.raises(RuntimeError), pytest.warns(PerformanceWarning):
+        wrong(v, torch.randn(BATCH, IN))
 
 
 @pytest.mark.filterwarnings("ignore::pyro_ssvi.PerformanceWarning")
