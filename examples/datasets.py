@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["NAMES", "Dataset", "load"]
+__all__ = ["NAMES", "Dataset", "load", "torchvision_arrays"]
 
 NAMES = ("digits", "fashion-mnist", "mnist", "cifar10", "cifar100")
 
@@ -50,7 +50,7 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
     elif name == "fashion-mnist" and all((Path(data_dir) / file).exists() for file in IDX_FILES):
         train_x, train_y, test_x, test_y = (read_idx(Path(data_dir) / file) for file in IDX_FILES)
     else:
-        train_x, train_y, test_x, test_y = _torchvision(name, data_dir)
+        train_x, train_y, test_x, test_y = torchvision_arrays(name, data_dir)
     shape = (*train_x.shape[1:], 1)[:3]
     train_x, test_x = _standardise(train_x, test_x)
     return Dataset(
@@ -88,7 +88,11 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(sizes)
 
 
-def _torchvision(name: str, data_dir: str) -> tuple[np.ndarray, ...]:
+def torchvision_arrays(name: str, data_dir: str) -> tuple[np.ndarray, ...]:
+    """Images of bytes and labels, for training and test, as torchvision has them.
+
+    :raises SystemExit: where files are missing and cannot be downloaded.
+    """
     from torchvision import datasets
 
     kind = {

@@ -15,8 +15,9 @@ import argparse
 import csv
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import pyro
@@ -24,7 +25,7 @@ import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from pyro import poutine
-from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 from torchvision.models import resnet18
@@ -37,12 +38,33 @@ from pyro_ssvi.densities import ErdosRenyiKernel, Policy, Uniform
 from pyro_ssvi.diagnostics import class_calibration_error, elbo_parts
 from pyro_ssvi.nn import bayesianize
 
+# Classes, then the published code's mean and standard deviation of each channel.
+DATASETS = {
+    "cifar10": (10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": (100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+
+
+class Data(NamedTuple):
+    """Images as bytes ``[n, 3, 32, 32]``, labels, and what makes images the network's input."""
+
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def inputs(self, images: Tensor) -> Tensor:
+        return (images / 255 - self.mean) / self.std
+
 
 class Classifier(nn.Module):
     """The Pyro model: its loss is per image, as the paper's is.
 
     So the learning rates mean what they mean there, and the KL divergence, which is to be set
-    against the likelihood of all data, gets the weight ``1 / num_data``.
+    against the likelihood of all data, gets the weight ``1 / num_data``. Biases and the parameters
+    of normalisation layers are no random variables in the published code.
     """
 
     def __init__(self, num_classes: int, prior_scale: float) -> None:
@@ -50,7 +72,7 @@ class Classifier(nn.Module):
         net = resnet18(num_classes=num_classes)
         net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)  # for 32x32 pixels
         net.maxpool = nn.Identity()
-        self.net = bayesianize(net, prior_scale)
+        self.net = bayesianize(net, prior_scale, trained=["fc.bias"])
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         logits = self.net(x)
@@ -72,7 +94,7 @@ def density_policy(args: argparse.Namespace) -> Policy:
 
 
 def make_optim(args: argparse.Namespace) -> Any:
-    """SGD with a learning rate of its own for scales, and weight decay for locations only."""
+    """SGD with a learning rate of its own for scales, which have no weight decay."""
 
     def options(name: str) -> dict[str, float]:
         if name.endswith("scale"):
@@ -94,6 +116,8 @@ def make_svi(args: argparse.Namespace, model: Classifier, num_data: int) -> SSVI
     stop = max(1, int(0.75 * args.epochs * epoch))
 
     def kl_weight(step: int) -> float:
+        # The published code's cold posterior. The KL divergence of all weights is set against the
+        # log likelihood of one image: with a likelihood of all images the weight would be 0.01.
         return args.kl_weight / num_data * min(2 * (step // epoch + 1) / args.epochs, 1)
 
     gradient = Gradient(args.gradient_batches, args.gradient_samples, args.gradient_at)
@@ -101,7 +125,7 @@ def make_svi(args: argparse.Namespace, model: Classifier, num_data: int) -> SSVI
         model,
         guide,
         make_optim(args),
-        TraceMeanField_ELBO() if args.local_reparam else Trace_ELBO(),
+        TraceMeanField_ELBO(),
         removal=args.removal,
         addition=gradient if args.addition == "gradient" else Random(),
         # The paper's share, 0.15 (1 + cos), is a fraction of 0.3 at the start.
@@ -112,34 +136,35 @@ def make_svi(args: argparse.Namespace, model: Classifier, num_data: int) -> SSVI
     )
 
 
-def augment(x: Tensor, generator: torch.Generator) -> Tensor:
-    """A random crop of the images with a border of 4 pixels, and a flip of half of them.
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """A random crop of the images with a black border of 4 pixels, and a flip of half of them.
 
-    :param x: ``[n, 3, 32, 32]``.
+    :param images: ``[n, 3, 32, 32]``.
     """
-    n, _, height, width = x.shape
-    padded = F.pad(x, (4, 4, 4, 4))
+    n, _, height, width = images.shape
+    padded = F.pad(images, (4, 4, 4, 4))
     top, left = torch.randint(9, (2, n, 1), generator=generator)
     rows = top + torch.arange(height)
     columns = left + torch.arange(width)
     flip = torch.rand(n, 1, generator=generator) < 0.5
     columns = torch.where(flip, columns.flip(-1), columns)
-    index = torch.arange(n)[:, None, None]
-    return padded[index, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+    index = torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]
+    image, row, column = (each.to(images.device) for each in index)
+    return padded[image, :, row, column].movedim(-1, 1)
 
 
-def train_epoch(args: argparse.Namespace, svi: SSVI, data: Any, epoch: int) -> float:
+def train_epoch(args: argparse.Namespace, svi: SSVI, data: Data, epoch: int) -> float:
     """:return: the mean loss."""
-    generator = torch.Generator().manual_seed(args.seed + epoch)  # the same if it is resumed
+    # The same if it is resumed, and another in every epoch of other seeds.
+    generator = torch.Generator().manual_seed(args.epochs * args.seed + epoch)
     svi.model.train()
     losses = []
     batches = torch.randperm(len(data.train_y), generator=generator).split(args.batch_size)
     bar = tqdm(batches, desc=f"epoch {epoch + 1}/{args.epochs}", leave=False, disable=None)
     for index in bar:
-        x = augment(data.train_x[index], generator).to(args.device)
-        losses.append(svi.step(x, data.train_y[index].to(args.device)))
+        x = data.inputs(augment(data.train_x[index], generator))
+        losses.append(svi.step(x, data.train_y[index]))
         bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
-    svi.optim.step()
     return sum(losses) / len(losses)
 
 
@@ -154,12 +179,12 @@ def measures(probs: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def evaluate(args: argparse.Namespace, model: Classifier, data: Any, logits: Any) -> dict:
+def evaluate(model: Classifier, data: Data, logits: Callable) -> dict[str, float]:
     """:param logits: of images, ``[..., n, classes]``; probabilities are averaged over draws."""
     model.eval()
-    parts = [logits(x.to(args.device)).softmax(-1) for x in data.test_x.split(500)]
+    parts = [logits(data.inputs(images)).softmax(-1) for images in data.test_x.split(500)]
     probs = torch.cat([part.reshape(-1, *part.shape[-2:]).mean(0) for part in parts])
-    return measures(probs.cpu(), data.test_y)
+    return measures(probs, data.test_y)
 
 
 def at_mean(model: Classifier, guide: AutoSparseNormal) -> Any:
@@ -168,14 +193,29 @@ def at_mean(model: Classifier, guide: AutoSparseNormal) -> Any:
     return poutine.condition(model, means)
 
 
-def load(args: argparse.Namespace) -> Any:
-    data = datasets.load(args.dataset, args.data_dir)
-    images = {
-        name: getattr(data, name)[: args.limit].reshape(-1, 32, 32, 3).movedim(-1, 1)
-        for name in ("train_x", "test_x")
-    }
-    labels = {name: getattr(data, name)[: args.limit] for name in ("train_y", "test_y")}
-    return data._replace(**images, **labels)
+def load(args: argparse.Namespace) -> Data:
+    train_x, train_y, test_x, test_y = datasets.torchvision_arrays(args.dataset, args.data_dir)
+    images = (torch.as_tensor(x[: args.limit]).movedim(-1, 1) for x in (train_x, test_x))
+    labels = (torch.as_tensor(y[: args.limit]) for y in (train_y, test_y))
+    channels = (torch.tensor(each)[:, None, None] for each in DATASETS[args.dataset][1:])
+    tensors = (*images, *labels, *channels)
+    train_x, test_x, train_y, test_y, mean, std = (each.to(args.device) for each in tensors)
+    return Data(train_x, train_y, test_x, test_y, mean, std)
+
+
+def learning_rate(svi: SSVI) -> float:
+    """That of locations."""
+    loc, _ = svi.guide.parameters_in_place()
+    return svi.optim.optim_objs[loc].get_last_lr()[0]
+
+
+def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
+    aside = path.with_suffix(".part")
+    with aside.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    aside.replace(path)  # never half a log
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -183,7 +223,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         return text if text == "mean" else float(text)
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", choices=["cifar10", "cifar100"], default="cifar10")
+    parser.add_argument("--dataset", choices=list(DATASETS), default="cifar10")
     parser.add_argument("--data-dir", required=True, help="torchvision's folder for data sets")
     parser.add_argument("--out", type=Path, default=Path("results/resnet_cifar"))
     parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
@@ -214,7 +254,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--lr", type=float, default=0.01)
     group.add_argument("--scale-lr", type=float, default=0.01)
     group.add_argument("--momentum", type=float, default=0.9)
-    group.add_argument("--weight-decay", type=float, default=5e-4, help="of locations")
+    group.add_argument("--weight-decay", type=float, default=5e-4, help="of all but scales")
     return parser.parse_args(argv)
 
 
@@ -223,31 +263,36 @@ def main(argv: list[str] | None = None) -> None:
     data = load(args)
     pyro.clear_param_store()
     pyro.set_rng_seed(args.seed)
-    model = Classifier(data.num_classes, args.prior_scale).to(args.device)
+    model = Classifier(DATASETS[args.dataset][0], args.prior_scale).to(args.device)
     svi = make_svi(args, model, len(data.train_y))
+    guide = svi.guide
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoint, log = args.out / "last.ckpt", args.out / "log.csv"
     rows: list[dict[str, Any]] = []
     if args.resume:
+        if not checkpoint.exists():
+            raise SystemExit(f"there is no {checkpoint} to resume from: leave out --resume")
         svi.load(checkpoint, map_location=args.device)
-        with log.open() as file:
+        with log.open(newline="") as file:
             rows = list(csv.DictReader(file))
-    guide = svi.guide
-    for epoch in range(len(rows), min(args.epochs, args.stop_after or args.epochs)):
+    first, rest = divmod(svi.steps, math.ceil(len(data.train_y) / args.batch_size))
+    if rest:
+        raise SystemExit(f"{checkpoint} was saved with another --batch-size or --limit")
+    batch = data.inputs(data.train_x[: args.batch_size]), data.train_y[: args.batch_size]
+    guide.set_up(*batch)  # with labels: without, a guide from a file cannot tell what is observed
+    del rows[first:]  # an epoch that was logged but not saved is done again
+    for epoch in range(first, min(args.epochs, args.stop_after or args.epochs)):
         start = time.perf_counter()
         row: dict[str, Any] = {"epoch": epoch + 1, "loss": train_epoch(args, svi, data, epoch)}
         seconds = time.perf_counter() - start
-        batch = data.train_x[: args.batch_size], data.train_y[: args.batch_size]
-        measured = evaluate(args, model, data, at_mean(model, guide))
-        parts = elbo_parts(model, guide, *(each.to(args.device) for each in batch))
+        measured = evaluate(model, data, at_mean(model, guide))
+        parts = elbo_parts(model, guide, *batch)
         row |= {"log_likelihood": parts.log_likelihood, "kl": sum(parts.kl.values()), **measured}
-        row |= {"active": guide.summary().total.active, "seconds": round(seconds, 3)}
-        rows.append(row)
+        row |= {"lr": learning_rate(svi), "active": guide.summary().total.active}
+        rows.append(row | {"seconds": round(seconds, 3)})
+        svi.optim.step()
+        write_log(log, rows)
         svi.save(checkpoint)
-        with log.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
-            writer.writeheader()
-            writer.writerows(rows)
         print(
             f"epoch {epoch + 1:3d}  loss {row['loss']:.4f}  "
             f"log likelihood {parts.log_likelihood:.4f}  KL {row['kl']:.3e}  "
@@ -256,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     predictive = SparsePredictive(model, guide, args.samples, ["_RETURN"])
     pyro.set_rng_seed(args.seed)
-    final = evaluate(args, model, data, lambda x: predictive(x)["_RETURN"])
+    final = evaluate(model, data, lambda x: predictive(x)["_RETURN"])
     print(guide.summary())
     print(
         f"{args.samples} samples: accuracy {final['accuracy']:.2%}, NLL {final['nll']:.4f}, "

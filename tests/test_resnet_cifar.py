@@ -1,6 +1,7 @@
 """The paper's experiment, on a few images in CIFAR's file format."""
 
 import csv
+import math
 import pickle
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import resnet_cifar
 
-FEW = "--limit 8 --batch-size 4 --exchange-every 2 --samples 2 --epochs 2 --lr 0.1"
+FEW = "--limit 8 --batch-size 4 --exchange-every 2 --samples 2 --epochs 2 --lr 0.1 --kl-weight 1e-6"
 
 
 @pytest.fixture
@@ -51,15 +52,32 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(cifar, capsys
     last = capsys.readouterr().out.splitlines()[-1]
     assert [row["epoch"] for row in whole] == ["1", "2"]
     assert all(0 <= float(row["accuracy"]) <= 1 and float(row["kl"]) > 0 for row in whole)
+    assert [float(row["lr"]) for row in whole] == pytest.approx([0.1, 0.05])  # a cosine
     first = run(cifar, "parts", "--stop-after 1")
     assert len(first) == 1
     capsys.readouterr()
-    both = run(cifar, "parts", "--resume")
-    assert without_time(both) == without_time(whole)
-    assert capsys.readouterr().out.splitlines()[-1] == last
-    # Of 11 169 162 weights and biases with a posterior 10 % are active, but for the dense stem.
-    weights = 11_159_232 + 5120 + 10 - 1728  # convolutions and the last layer
-    assert int(whole[0]["active"]) == pytest.approx(0.1 * (weights - 10) + 10 + 1728, abs=15)
+    # As if it had been killed in the second epoch, when that was logged and not yet saved.
+    with (cifar / "parts/log.csv").open("a") as file:
+        file.write(",".join(["2", *["0"] * (len(whole[0]) - 1)]) + "\n")
+    for _ in range(2):  # the second time there is nothing left to train
+        both = run(cifar, "parts", "--resume")
+        assert without_time(both) == without_time(whole)
+        assert capsys.readouterr().out.splitlines()[-1] == last
+
+
+def test_active_weights_are_those_of_the_policy(cifar, capsys):
+    (row,) = run(cifar, "out", "--epochs 1")
+    net = resnet_cifar.Classifier(10, 0.005).net
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    found = {line[0]: line for line in lines if line and line[0].startswith("net.")}
+    active = {}
+    for name, shape in net.shapes.items():
+        assert len(shape) >= 2, name  # biases have no posterior
+        density = 1 if name == "conv1.weight" else 0.1
+        active[name] = math.floor(density * shape.numel() + 0.5)
+        assert f"{active[name]:,}" in found[f"net.{name}"]
+    assert len(found) == len(active) == 21
+    assert int(row["active"]) == sum(active.values())
 
 
 def test_every_option_of_the_recipe(cifar):
@@ -72,19 +90,29 @@ def test_every_option_of_the_recipe(cifar):
     assert float(rows[0]["loss"]) > 0
 
 
-def test_augmentation_moves_and_flips(monkeypatch):
-    x = torch.arange(2 * 3 * 32 * 32.0).reshape(2, 3, 32, 32)
+def test_augmentation_moves_and_flips():
+    images = torch.arange(2 * 3 * 32 * 32).reshape(2, 3, 32, 32).to(torch.uint8)
     generator = torch.Generator().manual_seed(0)
-    found = resnet_cifar.augment(x, generator)
-    assert found.shape == x.shape
+    found = resnet_cifar.augment(images, generator)
+    assert found.dtype == torch.uint8
     generator.manual_seed(0)
     top, left = torch.randint(9, (2, 2, 1), generator=generator)
     flip = torch.rand(2, 1, generator=generator) < 0.5
     assert flip[0] != flip[1]  # the seed was chosen so
-    padded = torch.nn.functional.pad(x, (4, 4, 4, 4))
+    padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
     for i in range(2):
         part = padded[i, :, top[i] : top[i] + 32, left[i] : left[i] + 32]
         assert torch.equal(found[i], part.flip(-1) if flip[i] else part)
+
+
+def test_images_are_standardised_by_channel(cifar):
+    args = resnet_cifar.parse_args(["--data-dir", str(cifar)])
+    data = resnet_cifar.load(args)
+    assert data.train_x.shape == (40, 3, 32, 32)
+    with (cifar / "cifar-10-batches-py/test_batch").open("rb") as file:
+        raw = pickle.load(file)["data"].reshape(-1, 3, 32, 32) / 255
+    expected = (raw[:, 1] - 0.4822) / 0.1994
+    np.testing.assert_allclose(data.inputs(data.test_x)[:, 1], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_options_of_the_optimizer_depend_on_the_parameter():
@@ -92,6 +120,17 @@ def test_options_of_the_optimizer_depend_on_the_parameter():
     options = resnet_cifar.make_optim(args).pt_optim_args
     assert options("AutoSparseNormal.loc") == {"lr": 0.3, "momentum": 0.9, "weight_decay": 5e-4}
     assert options("AutoSparseNormal.scale") == {"lr": 0.2, "momentum": 0.9}
+
+
+def test_what_cannot_be_resumed(cifar):
+    with pytest.raises(SystemExit, match=r"there is no .*last\.ckpt to resume from"):
+        run(cifar, "out", "--resume")
+    run(cifar, "out", "--stop-after 1 --limit 3")
+    with (
+        pytest.warns(UserWarning, match="saved with the schedule"),
+        pytest.raises(SystemExit, match="saved with another --batch-size or --limit"),
+    ):
+        run(cifar, "out", "--resume --limit 5")
 
 
 def test_files_that_are_not_there(tmp_path, monkeypatch):
