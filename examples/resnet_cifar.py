@@ -286,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
         row: dict[str, Any] = {"epoch": epoch + 1, "loss": train_epoch(args, svi, data, epoch)}
         seconds = time.perf_counter() - start
         measured = evaluate(model, data, at_mean(model, guide))
-        parts = elbo_parts(model, guide, *batch)
+        parts = elbo_parts(model, guide, *batch)  # the log likelihood of an image, all weights' KL
         row |= {"log_likelihood": parts.log_likelihood, "kl": sum(parts.kl.values()), **measured}
         row |= {"lr": learning_rate(svi), "active": guide.summary().total.active}
         rows.append(row | {"seconds": round(seconds, 3)})

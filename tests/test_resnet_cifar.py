@@ -47,12 +47,27 @@ def without_time(rows):
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
+def check_active_weights(lines, total):
+    """All weights but the first layer's, which are all active, have a density of 10 %."""
+    found = {line.split()[0]: line.split() for line in lines if line.startswith("net.")}
+    shapes = resnet_cifar.Classifier(10, 0.005).net.shapes
+    assert list(found) == [f"net.{name}" for name in shapes]
+    assert len(shapes) == 21  # weights only: biases have no posterior
+    active = {
+        name: math.floor((1 if name == "conv1.weight" else 0.1) * shape.numel() + 0.5)
+        for name, shape in shapes.items()
+    }
+    assert all(f"{k:,}" in found[f"net.{name}"] for name, k in active.items())
+    assert total == sum(active.values())
+
+
 def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(cifar, capsys):
     whole = run(cifar, "whole")
-    last = capsys.readouterr().out.splitlines()[-1]
+    lines = capsys.readouterr().out.splitlines()
     assert [row["epoch"] for row in whole] == ["1", "2"]
     assert all(0 <= float(row["accuracy"]) <= 1 and float(row["kl"]) > 0 for row in whole)
     assert [float(row["lr"]) for row in whole] == pytest.approx([0.1, 0.05])  # a cosine
+    check_active_weights(lines, int(whole[-1]["active"]))
     first = run(cifar, "parts", "--stop-after 1")
     assert len(first) == 1
     capsys.readouterr()
@@ -62,32 +77,21 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(cifar, capsys
     for _ in range(2):  # the second time there is nothing left to train
         both = run(cifar, "parts", "--resume")
         assert without_time(both) == without_time(whole)
-        assert capsys.readouterr().out.splitlines()[-1] == last
+        assert capsys.readouterr().out.splitlines()[-1] == lines[-1]
 
 
-def test_active_weights_are_those_of_the_policy(cifar, capsys):
-    (row,) = run(cifar, "out", "--epochs 1")
-    net = resnet_cifar.Classifier(10, 0.005).net
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    found = {line[0]: line for line in lines if line and line[0].startswith("net.")}
-    active = {}
-    for name, shape in net.shapes.items():
-        assert len(shape) >= 2, name  # biases have no posterior
-        density = 1 if name == "conv1.weight" else 0.1
-        active[name] = math.floor(density * shape.numel() + 0.5)
-        assert f"{active[name]:,}" in found[f"net.{name}"]
-    assert len(found) == len(active) == 21
-    assert int(row["active"]) == sum(active.values())
-
-
-def test_every_option_of_the_recipe(cifar):
-    options = (
+@pytest.mark.parametrize(
+    "options",
+    [
         "--dataset cifar100 --policy erk --density 0.02 --no-local-reparam --removal abs_mean "
-        "--gradient-samples 2 --gradient-at sample --new-scale 1e-3 --epochs 1"
-    )
+        "--gradient-samples 2 --gradient-at sample --new-scale 1e-3 --epochs 1",
+        "--policy uniform --density 0.02 --gradient-at mean --gradient-batches 2 --removal snr",
+        "--density 0.02 --addition random --weight-decay 0 --epochs 1",
+    ],
+)
+def test_options_of_the_recipe(cifar, options):
     rows = run(cifar, "out", options)
-    assert len(rows) == 1
-    assert float(rows[0]["loss"]) > 0
+    assert all(float(row["loss"]) > 0 for row in rows)
 
 
 def test_augmentation_moves_and_flips():
