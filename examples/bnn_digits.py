@@ -32,8 +32,9 @@ net = bayesianize(nn.Sequential(nn.Linear(64, 200), nn.ReLU(), nn.Linear(200, 10
 
 
 def model(x: Tensor, y: Tensor | None = None) -> None:
-    logits = pyro.deterministic("logits", net(x), event_dim=1)
+    out = net(x)
     with pyro.plate("data", len(x)), poutine.scale(scale=NUM_DATA / len(x)):
+        logits = pyro.deterministic("logits", out, event_dim=1)
         pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
 
 
@@ -79,10 +80,10 @@ def plot(images: Tensor, labels: Tensor, probs: Tensor, path: Path) -> None:
     figure, axes = plt.subplots(2, 6, figsize=(11, 4), layout="constrained", sharey="row")
     order = uncertainty(probs).total.argsort(descending=True)
     for i, (top, bottom) in zip(order[:6].tolist(), axes.T, strict=True):
-        top.imshow(images[i].reshape(8, 8), cmap="gray_r")
+        top.imshow(images[i].reshape(8, 8).numpy(), cmap="gray_r")
         top.set(title=f"a {labels[i]}", xticks=[], yticks=[])
         low, high = probs[:, i].quantile(torch.tensor([0.05, 0.95]), dim=0)
-        bottom.bar(range(10), probs[:, i].mean(0), color="#0072B2")
+        bottom.bar(range(10), probs[:, i].mean(0).numpy(), color="#0072B2")
         bottom.vlines(range(10), low, high, color="#D55E00")
         bottom.set(xticks=range(10), ylim=(0, 1))
         bottom.spines[["top", "right"]].set_visible(False)
@@ -135,6 +136,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     svi.save(args.checkpoint)
     loaded = make(density, args.steps)  # as another program would
     loaded.load(args.checkpoint)
+    loaded.guide(x[:1], y[:1])  # a guide's first call tells it what is observed
     same = torch.equal(predict(loaded.guide, test_x), probs)
     print(f"\n{name} saved, {args.checkpoint.stat().st_size:,} bytes, and loaded: ", end="")
     print("the same predictions" if same else "OTHER PREDICTIONS")

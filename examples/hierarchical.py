@@ -28,7 +28,7 @@ from torch import Tensor
 
 from pyro_ssvi import SSVI, AutoSparseNormal, CosineSchedule
 
-NUM_SAMPLES = 200  # posterior samples of a prediction
+NUM_SAMPLES = 100  # posterior samples of a prediction
 AGES = (30, 40, 50, 60)  # where a new age group begins
 GROUPS = 2 * (len(AGES) + 1)
 
@@ -108,7 +108,9 @@ def plot(deviations: dict[str, Tensor], features: list[str], path: Path) -> None
     top = max(float(each.abs().max()) for each in deviations.values())
     for ax, (name, each) in zip(axes, deviations.items(), strict=True):
         # Exact zeros stay grey.
-        image = ax.imshow(each.where(each != 0, torch.nan), cmap="PuOr", vmin=-top, vmax=top)
+        image = ax.imshow(
+            each.where(each != 0, torch.nan).numpy(), cmap="PuOr", vmin=-top, vmax=top
+        )
         ax.set(title=name, facecolor="0.85", xticks=range(len(features)), xticklabels=features)
     starts, ends = ("", *AGES), (*AGES, "")
     ages = [
@@ -125,7 +127,7 @@ def plot(deviations: dict[str, Tensor], features: list[str], path: Path) -> None
 
 def main(argv: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=Path, default=Path("results/hierarchical.png"))
     args = parser.parse_args(argv)

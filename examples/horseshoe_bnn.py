@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pyro_ssvi import SSVI, AutoSparseNormal, CosineSchedule
 
-NUM_SAMPLES = 200  # posterior samples of a prediction
+NUM_SAMPLES = 100  # posterior samples of a prediction
 SIZES = (1, 50, 1)
 
 

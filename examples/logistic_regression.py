@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pyro_ssvi import SSVI, AutoSparseNormal, CosineSchedule
 
-NUM_SAMPLES = 200  # posterior samples of a prediction
+NUM_SAMPLES = 100  # posterior samples of a prediction
 
 
 def model(x: Tensor, y: Tensor | None = None) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pyro_ssvi import SSVI, AutoSparseNormal, CosineSchedule
 
-NUM_SAMPLES = 200  # posterior samples of a prediction
+NUM_SAMPLES = 100  # posterior samples of a prediction
 NONZERO = 20  # features that count in the simulation
 
 
@@ -56,12 +56,11 @@ def fit(density: float, x: Tensor, y: Tensor, steps: int, seed: int) -> AutoGuid
 
 def score(guide: AutoGuide, x: Tensor, y: Tensor) -> dict[str, float]:
     """Root mean square error, and mean log density of test data under the posterior."""
-    predictive = Predictive(model, guide=guide, num_samples=NUM_SAMPLES)
-    samples = predictive(x)
-    sigma = guide.median()["sigma"]
-    mean = samples["mean"].reshape(NUM_SAMPLES, len(x))
-    log_density = dist.Normal(mean, sigma).log_prob(y).logsumexp(0) - math.log(NUM_SAMPLES)
-    rmse = (mean.mean(0) - y).square().mean().sqrt()
+    samples = Predictive(model, guide=guide, num_samples=NUM_SAMPLES)(x)
+    mean, median = samples["mean"].reshape(NUM_SAMPLES, len(x)), guide.median()
+    log_density = dist.Normal(mean, median["sigma"]).log_prob(y).logsumexp(0)
+    log_density = log_density - math.log(NUM_SAMPLES)
+    rmse = (x @ median["beta"] - y).square().mean().sqrt()
     return {"rmse": rmse.item(), "log density": log_density.mean().item()}
 
 
