@@ -10,7 +10,15 @@ import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 MODULES = {"datasets.py"}  # imported by examples, tested in test_datasets.py
-ELSEWHERE = {"lightning_module.py", "resnet_cifar.py"}  # tested in files of their own
+ELSEWHERE = {  # tested in files of their own
+    "bnn_digits.py",
+    "hierarchical.py",
+    "horseshoe_bnn.py",
+    "lightning_module.py",
+    "logistic_regression.py",
+    "resnet_cifar.py",
+    "sparse_regression.py",
+}
 SMALL = {
     "billion_weights.py": "--weights 2e4 4e4 --active 6e3 --steps 8 --threads 1",
     "compare_with_autonormal.py": (
