@@ -189,6 +189,7 @@ def steps(results: Results) -> str:
     for row in last:
         setting = Setting(**row["setting"])
         label = name(setting) if setting.net == "400-400" else with_net(setting)
+        label += ", local reparameterisation" if setting.local and setting.density < 1 else ""
         low, high = row["range"]
         rows.append(
             [label, f"{row['ms']:.1f} ({low:.1f} to {high:.1f})", f"{dense / row['ms']:.1f}x"]
@@ -280,7 +281,7 @@ def plot_robustness(results: Results, path: Path) -> None:
     lrs = sorted({setting.lr for setting in grid})
     scales = sorted({setting.init_scale for setting in grid})
     figure, axes = plt.subplots(
-        2, len(priors), figsize=(11, 6), layout="constrained", squeeze=False
+        2, len(priors), figsize=(7.5, 6), layout="constrained", squeeze=False
     )
     for row, method in zip(axes, ("autonormal", "ssvi"), strict=True):
         for ax, prior in zip(row, priors, strict=True):
