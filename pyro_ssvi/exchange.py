@@ -75,16 +75,16 @@ def top_inactive(
 
     :param block: ``block(start, stop)`` gives the scores of these rows of the site's matrix.
     :param block_bytes: size of a block of float32 scores, :data:`BLOCK_BYTES` by default.
-    :return: their flat indices and scores, both ``[n]``, or fewer if others have a score of -inf.
-        NaN counts as the largest score.
+    :return: their flat indices and scores, both ``[n]``. NaN counts as the largest score. Where
+        there are not so many with a score above -inf, the rest have -inf, and any index, or are
+        missing.
     """
     rows, cols = active.matrix_shape
     step = max(1, (BLOCK_BYTES if block_bytes is None else block_bytes) // (4 * cols))
     if step >= rows:
         score = block(0, rows).reshape(-1).index_fill(0, active.indices, -math.inf)
         score, index = score.topk(n, sorted=False)
-        some = score != -math.inf
-        return index[some], score[some]
+        return index, score
     starts = torch.arange(0, rows + step, step, device=active.device) * cols
     bounds = torch.searchsorted(active.indices, starts).tolist()
     scores, indices, kept = [], [], 0
