@@ -59,25 +59,32 @@ class Gradient:
         """
 
         def block(start: int, stop: int) -> Tensor:
-            gradient = record.block(active, start, stop)
-            if self.batches * self.samples > 1:
-                gradient = gradient / (self.batches * self.samples)
-            scores = self.score(gradient)
-            if scores.shape != gradient.shape or not scores.is_floating_point():
-                raise ValueError(
-                    f"the addition criterion gave {scores.dtype} scores of shape "
-                    f"{tuple(scores.shape)}, expected floats of shape {tuple(gradient.shape)}"
-                )
-            if self.sampled:
-                times = torch.empty_like(scores).exponential_().clamp_(min=1e-20)
-                scores = scores / times
-            return scores
+            return self.scores(record.block(active, start, stop))
 
         added, scores = top_inactive(active, n, block)
         # NaN and infinity come first among the largest.
         if len(added) < n or not scores.isfinite().all():
             raise FloatingPointError("its gradient is not finite")
         return added
+
+    def scores(self, total: Tensor) -> Tensor:
+        """What is compared, of the same shape as the gradient.
+
+        :param total: the gradient's sum over batches and samples.
+        """
+        gradient = total
+        if self.batches * self.samples > 1:
+            gradient = total / (self.batches * self.samples)
+        scores = self.score(gradient)
+        if scores.shape != gradient.shape or not scores.is_floating_point():
+            raise ValueError(
+                f"the addition criterion gave {scores.dtype} scores of shape "
+                f"{tuple(scores.shape)}, expected floats of shape {tuple(gradient.shape)}"
+            )
+        if self.sampled:
+            times = torch.empty_like(scores).exponential_().clamp_(min=1e-20)
+            scores = scores / times
+        return scores
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from torch.distributions.constraints import Constraint
 from .gradient_record import GradientRecord
 from .random_state import check_random_state, leaving_no_trace, random_state, set_random_state
 
-__all__ = ["VERSION", "read", "restore", "state_of", "write"]
+__all__ = ["VERSION", "parse", "read", "restore", "schedule_state", "state_of", "write"]
 
 #: Of files and of :meth:`pyro_ssvi.SSVI.state_dict`; all versions up to this one load.
 VERSION = 1
@@ -71,7 +71,13 @@ def read(path: str | os.PathLike, map_location: Any = None) -> dict[str, Any]:
     :raises ValueError: if it is not a whole checkpoint, or one of a newer version.
     """
     with open(path, "rb") as file:
-        header, payload = file.readline(256), file.read()
+        return parse(file.read(), path, map_location)
+
+
+def parse(content: bytes, path: str | os.PathLike, map_location: Any = None) -> dict[str, Any]:
+    """The state in a file's content; ``path`` is for messages."""
+    file = io.BytesIO(content)
+    header, payload = file.readline(256), file.read()
     words = header.decode(errors="replace").removeprefix(_NAME).split()
     if not header.startswith(_NAME.encode()) or not words:
         raise ValueError(
@@ -142,7 +148,7 @@ def state_of(svi: Any) -> dict[str, Any]:
             if parameter in names
         },
         "steps": svi.steps,
-        "schedule": _schedule_state(svi.schedule),
+        "schedule": schedule_state(svi.schedule),
         "record": [
             {"guide": path, "site": site, "parts": svi._record.parts(active)}
             for path, guide in _sparse_guides(svi)
@@ -207,7 +213,8 @@ def _optimizer_class(optimizer: Any) -> str:
     return type(optimizer).__name__
 
 
-def _schedule_state(schedule: Any) -> dict[str, Any]:
+def schedule_state(schedule: Any) -> dict[str, Any]:
+    """A schedule's class and numbers, to be compared."""
     fields = {
         key: value
         for key, value in getattr(schedule, "__dict__", {}).items()
@@ -276,7 +283,7 @@ def restore(svi: Any, state: Mapping[str, Any], source: str = "the state") -> No
     _check_version(state["version"], source)
     try:
         staged = _Staged(svi, state)
-        was, has = (_described(each) for each in (state["schedule"], _schedule_state(svi.schedule)))
+        was, has = (_described(each) for each in (state["schedule"], schedule_state(svi.schedule)))
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{source} is damaged: {error!r}") from error
     if staged.problems:

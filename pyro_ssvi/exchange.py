@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .active_set import ActiveSet
 
-__all__ = ["Move", "carry", "smallest", "swap", "top_inactive"]
+__all__ = ["Move", "carry", "read_at", "smallest", "swap", "top_inactive"]
 
 #: Bytes of scores held at once while a site is searched for coordinates to add.
 BLOCK_BYTES = 2 * 2**20
@@ -80,7 +80,7 @@ def top_inactive(
         missing.
     """
     rows, cols = active.matrix_shape
-    step = max(1, (BLOCK_BYTES if block_bytes is None else block_bytes) // (4 * cols))
+    step = _rows_at_once(cols, block_bytes)
     if step >= rows:
         score = block(0, rows).reshape(-1).index_fill(0, active.indices, -math.inf)
         score, index = score.topk(n, sorted=False)
@@ -104,3 +104,31 @@ def top_inactive(
             if kept == n > 0:
                 least = score.min()
     return indices[0], scores[0]
+
+
+def read_at(
+    active: ActiveSet,
+    indices: Tensor,
+    block: Callable[[int, int], Tensor],
+    block_bytes: int | None = None,
+) -> Tensor:
+    """Some entries of a site's matrix that is made by blocks of rows.
+
+    :param indices: flat, sorted, ``[n]``.
+    :param block: ``block(start, stop)`` gives these rows.
+    :return: ``[n]``.
+    """
+    rows, cols = active.matrix_shape
+    step = _rows_at_once(cols, block_bytes)
+    starts = torch.arange(0, rows + step, step, device=active.device) * cols
+    sizes = torch.searchsorted(indices, starts).diff().tolist()
+    parts = [
+        block(start, min(start + step, rows)).reshape(-1)[part - start * cols]
+        for start, part in zip(range(0, rows, step), indices.split(sizes), strict=True)
+        if len(part)
+    ]
+    return torch.cat(parts)
+
+
+def _rows_at_once(cols: int, block_bytes: int | None) -> int:
+    return max(1, (BLOCK_BYTES if block_bytes is None else block_bytes) // (4 * cols))

@@ -137,6 +137,10 @@ class GradientRecord:
     def __contains__(self, active: ActiveSet) -> bool:
         return active in self._parts
 
+    def discard(self, active: ActiveSet) -> None:
+        """Forget what was added for this set, if anything was."""
+        self._parts.pop(active, None)
+
     def block(self, active: ActiveSet, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of the gradient as a matrix of ``active.matrix_shape``."""
         first, *others = self._parts[active]

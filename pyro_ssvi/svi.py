@@ -30,6 +30,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from . import checkpoint
+from .active_set import ActiveSet
 from .addition import Addition, Gradient, addition_criterion
 from .criteria import removal_criterion
 from .distributions import SparseNormal, SubspaceMessenger, elementwise_base
@@ -204,7 +205,10 @@ class SSVI(SVI):
                 self._collect(stack, args, kwargs)
             with poutine.trace(param_only=True) as capture:
                 loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
-        params = {node["value"].unconstrained() for node in capture.trace.nodes.values()}
+        nodes = capture.trace.nodes
+        loss, params = self._agreed(
+            loss, {name: nodes[name]["value"].unconstrained() for name in nodes}
+        )
         unknown = isinstance(self._elbo, TraceTailAdaptive_ELBO)  # it reports inf at all times
         finite = (unknown or _is_finite(loss)) and _have_finite_gradients(params)
         if finite:
@@ -223,6 +227,13 @@ class SSVI(SVI):
         if isinstance(loss, tuple):  # as that of ReweightedWakeSleep
             return type(loss)(map(torch_item, loss))
         return torch_item(loss)
+
+    def _agreed(self, loss: Any, params: dict[str, Tensor]) -> tuple[Any, set[Tensor]]:
+        """The loss, and the parameters to step, with their gradients.
+
+        :param params: those that were used, by name.
+        """
+        return loss, set(params.values())
 
     def _loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Any:
         weight = self._kl_weight()
@@ -386,11 +397,14 @@ class SSVI(SVI):
             if not scores.isfinite().all():
                 raise FloatingPointError(f"the removal scores of site {name!r} are not finite")
             try:
-                added = self.addition.choose(active, n, record)
+                added = self._choose(active, n, record)
             except FloatingPointError as error:
                 raise FloatingPointError(f"site {name!r}: {error}") from None
             moves[name] = swap(active, smallest(scores, n), added)
         return moves
+
+    def _choose(self, active: ActiveSet, n: int, record: GradientRecord) -> Tensor:
+        return self.addition.choose(active, n, record)
 
 
 def _check_weight(weight: float) -> float:

@@ -1,0 +1,327 @@
+"""Data-parallel training on :mod:`torch.distributed`: several processes, one sparse posterior."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import pyro
+import torch
+import torch.distributed as dist
+from pyro import poutine
+from pyro.infer.util import torch_item
+from torch import Tensor
+
+from . import checkpoint
+from .active_set import ActiveSet
+from .addition import Gradient
+from .exchange import read_at
+from .gradient_record import GradientRecord
+from .guides import AutoSparseNormal
+from .random_state import leaving_no_trace
+from .svi import SSVI
+
+__all__ = ["DistributedSSVI"]
+
+
+class DistributedSSVI(SSVI):
+    """SSVI in several processes, each with its own batches of the data.
+
+    Use it under ``torchrun``, where ``SSVI`` was, with a ``DistributedSampler`` for the data and
+    other random numbers in each process::
+
+        torch.distributed.init_process_group()
+        pyro.set_rng_seed(torch.distributed.get_rank())
+        svi = DistributedSSVI(model, guide, optim, Trace_ELBO(), schedule=schedule)
+
+    Loss and gradients of a step are means over the processes, so a model scales the likelihood
+    of its own batch to all the data, as it does alone. What is sent are the gradients of active
+    coordinates, and of what is dense: in an exchange each process proposes coordinates by its own
+    gradient, and the best of all proposals by the mean gradient are added. All processes have the
+    same parameters and active sets, those of rank 0 at first; after each exchange it is checked.
+
+    All of them call :meth:`step`, :meth:`exchange`, :meth:`save`, :meth:`load`,
+    :meth:`state_dict` and :meth:`load_state_dict` together.
+
+    :param process_group: the processes that take part, by default all.
+    :param args: as for :class:`~pyro_ssvi.SSVI`, as are ``kwargs``.
+    :raises RuntimeError: without a process group; and in a step or an exchange, in all processes,
+        if they do not agree in what they train.
+    """
+
+    def __init__(
+        self, *args: Any, process_group: dist.ProcessGroup | None = None, **kwargs: Any
+    ) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError(
+                "DistributedSSVI needs a process group: call "
+                "torch.distributed.init_process_group() first and start the script by torchrun, "
+                "or use SSVI"
+            )
+        super().__init__(*args, **kwargs)
+        self.process_group = process_group
+        self.rank = dist.get_rank(process_group)
+        self.world_size = dist.get_world_size(process_group)
+        # By name, once all processes have the same.
+        self._params: dict[str, Tensor] = {}
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """Take a step together with the other processes, as :meth:`pyro_ssvi.SSVI.step`.
+
+        :return: the mean of the losses of all processes.
+        """
+        self._begin(args, kwargs)
+        return super().step(*args, **kwargs)
+
+    def exchange(self, *args: Any, **kwargs: Any) -> dict[str, int]:
+        """Exchange coordinates now, as :meth:`pyro_ssvi.SSVI.exchange`, each with its batch."""
+        self._begin(args, kwargs)
+        return super().exchange(*args, **kwargs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As that of SSVI, with what belongs to one process only: the same in all of them."""
+        state = super().state_dict()
+        own = {key: state[key] for key in ("record", "random")}
+        return {**state, "ranks": self._gathered(own)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state, of as many processes or of another number of them.
+
+        Another number of processes draws other random numbers, and forgets gradients that wait
+        for the next exchange.
+        """
+        self._restore(state, "the state")
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write :meth:`state_dict` to a file, in rank 0.
+
+        :raises OSError: in all processes, if it could not be written.
+        """
+        state = self.state_dict()
+        failed = None
+        if self.rank == 0:
+            try:
+                checkpoint.write(path, state)
+            except OSError as error:
+                failed = error
+        failed = self._first(failed)
+        if failed is not None:
+            raise failed
+
+    def load(self, path: str | os.PathLike, map_location: Any = None) -> None:
+        """Go on from a file, which only rank 0 reads.
+
+        :param map_location: as for :func:`torch.load`, of this process.
+        """
+        content: Any = None
+        if self.rank == 0:
+            try:
+                with open(path, "rb") as file:
+                    content = file.read()
+            except OSError as error:
+                content = error
+        content = self._first(content)
+        if isinstance(content, OSError):
+            raise content
+        self._restore(checkpoint.parse(content, path, map_location), str(path))
+
+    def _restore(self, state: Mapping[str, Any], source: str) -> None:
+        ranks = state.get("ranks", [])
+        same = len(ranks) == self.world_size
+        own = ranks[self.rank] if same else {"record": []}
+        checkpoint.restore(self, {**state, **own}, source=source)
+        self._params = {}
+        if not same and self.world_size > 1:
+            # The file's generator, which is now that of all, says where each goes on.
+            seeds = torch.randint(2**31, (self.world_size,)).tolist()
+            pyro.set_rng_seed(seeds[self.rank])
+
+    # What all processes do together
+
+    def _begin(self, args: tuple, kwargs: dict) -> None:
+        """Have all processes start from what rank 0 has."""
+        if self._params or self.world_size == 1:
+            return
+        with leaving_no_trace(), torch.no_grad(), poutine.trace(param_only=True) as capture:
+            self.loss(self.model, self.guide, *args, **kwargs)
+        nodes = capture.trace.nodes
+        params = {name: nodes[name]["value"].unconstrained() for name in sorted(nodes)}
+        self._compare(params)
+        with torch.no_grad():
+            for param in params.values():
+                self._take_from_first(param)
+            for guide in self.guides:
+                indices = guide.indices.clone()
+                self._take_from_first(indices)
+                if not torch.equal(indices, guide.indices):
+                    guide.indices = indices  # the old one is in active sets
+            ours = [guide.indices for guide in self.guides]
+            for buffer in (*self.guide.buffers(), *self.model.buffers()):
+                if not any(buffer is indices for indices in ours):
+                    self._take_from_first(buffer)
+        self._params = params
+
+    def _compare(self, params: dict[str, Tensor]) -> None:
+        """Raise if processes differ in what a later step would hang at, or be wrong about."""
+        settings = {f"parameter {name!r}": _described(param) for name, param in params.items()}
+        settings["schedule"] = str(checkpoint.schedule_state(self.schedule))
+        settings["addition"] = f"{type(self.addition).__name__}(batches={self.addition.batches})"
+        settings["number of steps"] = str(self.steps)
+        draws = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
+        others = self._gathered((settings, draws))
+        for rank, (other, _) in enumerate(others):
+            for what in dict.fromkeys([*others[0][0], *other]):
+                was, has = others[0][0].get(what), other.get(what)
+                if was != has:
+                    raise RuntimeError(
+                        f"processes differ in {what}: rank 0 has {was}, rank {rank} has {has}"
+                    )
+        if len({draws for _, draws in others}) < len(others):
+            warnings.warn(
+                "some processes draw the same random numbers, so their gradients have the same "
+                "errors: call pyro.set_rng_seed(seed + rank) in each",
+                stacklevel=4,
+            )
+
+    def _agreed(self, loss: Any, params: dict[str, Tensor]) -> tuple[Any, set[Tensor]]:
+        if self.world_size == 1:
+            return super()._agreed(loss, params)
+        unknown = sorted(params.keys() - self._params.keys())
+        losses = loss if isinstance(loss, tuple) else (loss,)
+        # Also tells which parameters to step: a process may not have used all.
+        head = [*map(torch_item, losses), len(unknown), *(name in params for name in self._params)]
+        sums = torch.tensor(head, dtype=torch.float64, device=self._device)
+        dist.all_reduce(sums, group=self.process_group)
+        means = (sums[: len(losses)] / self.world_size).tolist()
+        any_unknown, *counts = sums[len(losses) :].tolist()
+        if any_unknown:
+            raise RuntimeError(
+                f"step {self.steps + 1} uses parameters that the first step did not use, in this "
+                f"process {unknown}: have all of them used in the first step"
+            )
+        stepped = []
+        for (name, old), count in zip(self._params.items(), counts, strict=True):
+            param = self._params[name] = params.get(name, old)
+            if count:
+                stepped.append(param)
+        for dtype in {param.dtype: None for param in stepped}:
+            self._average([param for param in stepped if param.dtype == dtype])
+        mean = type(loss)(*means) if hasattr(loss, "_fields") else tuple(means)
+        return mean if isinstance(loss, tuple) else means[0], set(stepped)
+
+    def _average(self, params: list[Tensor]) -> None:
+        """The mean of gradients over all processes, in one message."""
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        dist.all_reduce(flat, group=self.process_group)
+        flat /= self.world_size
+        for param, part in zip(params, flat.split([p.numel() for p in params]), strict=True):
+            param.grad = part.view_as(param)
+
+    def _plan(self, guide: AutoSparseNormal, share: float, record: GradientRecord) -> dict:
+        if self.world_size == 1:
+            return super()._plan(guide, share, record)
+        active_sets = guide.active_sets.values()
+        recorded = torch.tensor([active in record for active in active_sets], device=self._device)
+        everywhere = recorded.to(torch.int64)
+        dist.all_reduce(everywhere, op=dist.ReduceOp.MIN, group=self.process_group)
+        for active, kept in zip(active_sets, everywhere.tolist(), strict=True):
+            if not kept:
+                record.discard(active)
+        moves = super()._plan(guide, share, record)
+        # Equal, unless a criterion draws random numbers: rank 0's counts.
+        for move in moves.values():
+            self._take_from_first(move.indices)
+            self._take_from_first(move.source)
+        return moves
+
+    def _choose(self, active: ActiveSet, n: int, record: GradientRecord) -> Tensor:
+        """The best by the mean gradient among those that are best for some process."""
+        if self.world_size == 1 or not isinstance(self.addition, Gradient):
+            return super()._choose(active, n, record)
+        try:
+            own, failed = self.addition.choose(active, n, record), False
+        except FloatingPointError:  # the others wait, and are to fail as well
+            own, failed = active.indices.new_zeros(n), True
+        proposed = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(proposed, own, group=self.process_group)
+        candidates = torch.cat(proposed).unique()
+        total = read_at(active, candidates, lambda a, b: record.block(active, a, b))
+        if failed:
+            total.fill_(torch.nan)
+        dist.all_reduce(total, group=self.process_group)
+        scores, best = self.addition.scores(total / self.world_size).topk(n, sorted=False)
+        if not scores.isfinite().all():
+            raise FloatingPointError("its gradient is not finite")
+        return candidates[best]
+
+    def _exchange(self, share: float, optim: torch.optim.Optimizer | None = None) -> dict[str, int]:
+        exchanged = super()._exchange(share, optim)
+        if self.world_size > 1:
+            self._check_equal()
+        return exchanged
+
+    def _check_equal(self) -> None:
+        """Compare a number for each parameter and active set that depends on every bit of it."""
+        tensors = dict(self._params)
+        for i, guide in enumerate(self.guides):
+            tensors[f"indices of guide {i}"] = guide.indices
+        own = torch.stack([_fingerprint(tensor) for tensor in tensors.values()])
+        all_ranks = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(all_ranks, own, group=self.process_group)
+        differ = (torch.stack(all_ranks) != all_ranks[0]).tolist()
+        for rank, row in enumerate(differ):
+            names = [name for name, wrong in zip(tensors, row, strict=True) if wrong]
+            if names:
+                raise RuntimeError(
+                    f"after step {self.steps} rank {rank} has other values than rank 0 of {names}: "
+                    "were they changed in one process only, or do processors or versions of torch "
+                    "differ? Load the last checkpoint"
+                )
+
+    # Messages
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._params.values())).device
+
+    @property
+    def _source(self) -> int:
+        group = self.process_group
+        return 0 if group is None else dist.get_global_rank(group, 0)
+
+    def _take_from_first(self, tensor: Tensor) -> None:
+        message = tensor.detach().contiguous()
+        dist.broadcast(message, self._source, group=self.process_group)
+        tensor.detach().copy_(message)
+
+    def _first(self, value: Any) -> Any:
+        """What rank 0 has."""
+        values = [value]
+        dist.broadcast_object_list(values, self._source, group=self.process_group)
+        return values[0]
+
+    def _gathered(self, value: Any) -> list:
+        """What each has, in the order of ranks."""
+        values: list = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.process_group)
+        return values
+
+
+def _described(param: Tensor) -> str:
+    return f"{tuple(param.shape)} {param.dtype} on {param.device.type}"
+
+
+_BITS: Mapping[int, torch.dtype] = {
+    1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64
+}  # fmt: skip
+
+
+def _fingerprint(tensor: Tensor) -> Tensor:
+    """A number that depends on every bit and its place, computed where the tensor is."""
+    bits = tensor.detach().contiguous().reshape(-1).view(_BITS[tensor.element_size()])
+    odd = torch.arange(1, 2 * len(bits) + 1, 2, device=tensor.device)
+    return (bits * odd).sum()

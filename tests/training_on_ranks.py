@@ -1,0 +1,303 @@
+"""Trainings in several processes on this machine, that test_distributed.py starts and reads.
+
+Reads lines ``case world_size folder``; each process writes what it saw to ``folder/rank.pt``.
+"""
+
+import datetime
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+import pyro
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from pyro.distributions import Normal
+from pyro.infer import ReweightedWakeSleep, TraceMeanField_ELBO
+from training_to_resume import Net, X, Y, bnn, fingerprint, make, regression
+
+from pyro_ssvi import AutoSparseNormal, ConstantSchedule
+from pyro_ssvi.addition import Gradient
+from pyro_ssvi.distributed import DistributedSSVI
+
+SEED = 7
+STEPS = 10
+
+
+def make_distributed(model=bnn, **kwargs):
+    options = {
+        "density": 0.3,
+        "optim": pyro.optim.Adam({"lr": 0.02}),
+        "loss": pyro.infer.Trace_ELBO(),
+        "schedule": ConstantSchedule(every=4),
+        "addition": Gradient(batches=3),
+        **kwargs,
+    }
+    guide = AutoSparseNormal(model, density=options.pop("density"))
+    optim, loss = options.pop("optim"), options.pop("loss")
+    return DistributedSSVI(model, guide, optim, loss, **options)
+
+
+def batch_of(rank):
+    """Rows that no other process has."""
+    return X[rank::4], Y[rank::4]
+
+
+def train(svi, steps=STEPS, after=lambda: None):
+    """Go on to this step with random batches; the state's hash after each step."""
+    x, y = batch_of(dist.get_rank())
+    seen = []
+    while svi.steps < steps:
+        rows = torch.randperm(len(x))[:4]
+        svi.step(x[rows], y[rows])
+        seen.append(shared_state(svi))
+        after()
+    return seen
+
+
+def shared_state(svi):
+    """A hash of what all processes should have in common."""
+    state = svi.state_dict()
+    return fingerprint([state[key] for key in ("guide", "optim", "store", "steps")])
+
+
+def random_score(loc, scale):
+    return torch.rand_like(loc)
+
+
+SETTINGS = {
+    "adam": dict,
+    "random addition": lambda: {"addition": "random"},
+    "random removal": lambda: {"removal": random_score},
+    "sampled": lambda: {"addition": Gradient(sampled=True)},
+    "at the mean": lambda: {"addition": Gradient(at="mean")},
+    "local reparameterisation": lambda: {"loss": TraceMeanField_ELBO(), "local_reparam": True},
+    "scheduler": lambda: {
+        "optim": pyro.optim.ExponentialLR(
+            {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.02}, "gamma": 0.9}
+        )
+    },
+    "module": lambda: {"model": Net()},
+    "wake-sleep": lambda: {
+        "model": regression,
+        "density": {"w": 0.5},
+        "loss": ReweightedWakeSleep(num_particles=2, vectorize_particles=False, insomnia=1.0),
+        "addition": "random",
+    },
+}
+
+
+def agree(rank, folder, name):
+    """Train with these settings."""
+    svi = make_distributed(**SETTINGS[name]())
+    return {"seen": train(svi), "indices": svi.guide.indices, "random": fingerprint(torch.rand(3))}
+
+
+def one_process(rank, folder):
+    """With one process it is SSVI."""
+    ends = []
+    for made in (make_distributed, make):
+        pyro.set_rng_seed(SEED)
+        pyro.clear_param_store()
+        svi = made()
+        x, y = batch_of(0)
+        for _ in range(STEPS):
+            svi.step(x, y)
+        ends.append(shared_state(svi))
+    return ends
+
+
+def gradients(rank, folder):
+    """Steps and exchanges in float64: where it went from and to, and the random states."""
+    torch.set_default_dtype(torch.float64)
+    svi = make_distributed(addition=Gradient(), schedule=ConstantSchedule(every=2))
+    x, y = (part.double() for part in batch_of(rank))
+    svi._begin((x, y), {})
+    start = svi.state_dict()
+    losses = [svi.step(x, y) for _ in range(5)]
+    return {"start": start, "losses": losses, "end": svi.state_dict()}
+
+
+def save(rank, folder):
+    svi = make_distributed()
+    train(svi, 6)
+    svi.save(folder / "a.ckpt")
+    return {"seen": train(svi), "random": fingerprint(torch.rand(3))}
+
+
+def load(rank, folder):
+    """Go on from the file of another run, in a fresh process."""
+    svi = make_distributed()
+    svi.load(folder.parent / "a.ckpt")
+    return {"seen": train(svi), "random": fingerprint(torch.rand(3))}
+
+
+def nan_in_one(rank, folder):
+    """One process gets a batch of NaN, in the step that feeds an exchange and in another one."""
+    pyro.enable_validation(False)  # it would raise in that process
+    svi = make_distributed()
+    train(svi, 2)
+    x, y = batch_of(rank)
+    before, caught = svi.state_dict(), []
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as record:
+            warnings.simplefilter("always")
+            svi.step(x, y.clone().fill_(torch.nan) if rank == 1 else y)
+        caught += [str(warning.message) for warning in record]
+    after = svi.state_dict()
+    same = [fingerprint(before[key]) == fingerprint(after[key]) for key in ("guide", "optim")]
+    return {"same": same, "caught": caught, "seen": train(svi)}
+
+
+def bad_score_in_one(rank, folder):
+    """One process has scores that are not finite, of whatever the gradient is."""
+    factor = torch.inf if rank == 1 else 1.0
+    svi = make_distributed(addition=Gradient(score=lambda gradient: gradient.abs() * factor))
+    train(svi, 2)
+    before = svi.guide.indices.clone()
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        svi.exchange(*batch_of(rank))
+    caught = [str(warning.message) for warning in record]
+    return {"unchanged": torch.equal(before, svi.guide.indices), "caught": caught}
+
+
+def site_unused_in_one(rank, folder):
+    """The model of one process does without a site."""
+
+    def model(x, y):
+        w0 = pyro.sample("w0", Normal(0.0, 1.0).expand([10, 12]).to_event(2))
+        w1 = pyro.sample("w1", Normal(0.0, 1.0).expand([1, 10]).to_event(2))
+        hidden = F.linear(x, w0).tanh() if rank != 1 else x[:, :10]
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", Normal(F.linear(hidden, w1).squeeze(-1), 1.0), obs=y)
+
+    svi = make_distributed(model, addition=Gradient())
+    train(svi, 2)
+    return {"exchanged": svi.exchange(*batch_of(rank)), "seen": train(svi)}
+
+
+def differ(rank, folder, what):
+    """Processes that do not train the same thing."""
+    x, y = batch_of(rank)
+    options = {}
+    if what == "density":
+        options["density"] = 0.3 if rank == 0 else 0.4
+    if what == "schedule":
+        options["schedule"] = ConstantSchedule(every=4 + rank)
+    svi = make_distributed(**options)
+    svi.step(x, y)
+    if what == "parameters" and rank == 1:
+        svi.guide.loc_unconstrained.data += 1e-3
+    train(svi, 5)
+
+
+def same_seed(rank, folder):
+    pyro.set_rng_seed(0)
+    svi = make_distributed()
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        train(svi, 2)
+    return [str(warning.message) for warning in record]
+
+
+def not_all_use(rank, folder):
+    """The model of one process has a parameter that comes late."""
+
+    def model(x, y):
+        if rank == 1 and svi.steps > 1:
+            pyro.param("late", torch.tensor(0.0))
+        return bnn(x, y)
+
+    svi = make_distributed(model)
+    train(svi, 5)
+
+
+def die(rank, folder):
+    """One process is killed in the middle of training."""
+    svi = make_distributed()
+
+    def after():
+        if svi.steps == 3 and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(svi, 1000, after)
+
+
+def cannot_save(rank, folder):
+    svi = make_distributed()
+    train(svi, 2)
+    svi.save(folder / "missing" / "a.ckpt")
+
+
+def cannot_load(rank, folder):
+    make_distributed().load(folder / "missing.ckpt")
+
+
+CASES = {
+    **{name: lambda rank, folder, name=name: agree(rank, folder, name) for name in SETTINGS},
+    **{
+        f"other {what}": lambda rank, folder, what=what: differ(rank, folder, what)
+        for what in ("density", "schedule", "parameters")
+    },
+    **{
+        function.__name__.replace("_", " "): function
+        for function in (
+            one_process,
+            gradients,
+            save,
+            load,
+            nan_in_one,
+            bad_score_in_one,
+            site_unused_in_one,
+            same_seed,
+            not_all_use,
+            die,
+            cannot_save,
+            cannot_load,
+        )
+    },
+}
+
+
+def run(case, rank, world_size, folder):
+    """One process of a case; what it gives, or how it failed, goes to a file."""
+    start = time.monotonic()
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=30),
+    )
+    pyro.set_rng_seed(SEED + rank)
+    try:
+        result = {"result": CASES[case](rank, folder)}
+    except Exception as error:
+        result = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+    torch.save({**result, "seconds": time.monotonic() - start}, folder / f"{rank}.pt")
+    os._exit("error" in result)  # without farewells to others, which may be gone
+
+
+def serve():
+    for line in sys.stdin:
+        case, world_size, folder = line.rstrip("\n").split("|")
+        children = []
+        for rank in range(int(world_size)):
+            child = os.fork()
+            if not child:
+                run(case, rank, int(world_size), Path(folder))
+            children.append(child)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(*codes, flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    make().step(X, Y)  # compiles what all of them need
+    pyro.clear_param_store()
+    serve()
