@@ -11,6 +11,7 @@ An ordinary Pyro program, with two names swapped::
 
 from . import rules as _rules  # noqa: F401  (fills the table of sparse operations)
 from .active_set import ActiveSet
+from .distributed import DistributedSSVI
 from .distributions import SparseNormal, SubspacePrior
 from .errors import MaterialiseError, NonFiniteWarning, PerformanceWarning
 from .guides import AutoSparseNormal
@@ -27,6 +28,7 @@ __all__ = [
     "AutoSparseNormal",
     "ConstantSchedule",
     "CosineSchedule",
+    "DistributedSSVI",
     "LinearSchedule",
     "MaterialiseError",
     "NonFiniteWarning",

@@ -196,3 +196,16 @@ def test_prediction(tmp_path):
     assert result.returncode == 0, result.stderr
     rows = [line.split("  ")[0] for line in result.stdout.splitlines()[-2:]]
     assert rows == ["Predictive, AutoNormal", "SparsePredictive 10%"]
+
+
+@pytest.mark.skipif(not Path("/proc/net/dev").exists(), reason="bytes are counted on Linux only")
+def test_distributed_step(tmp_path):
+    arguments = "--hidden 32 --density 0.05 --batch-size 8 --steps 2 --rounds 2"
+    result = run("distributed_step.py", arguments, tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = {line[:22].strip(): line[22:].split() for line in result.stdout.splitlines()}
+    dense, sparse = (rows[name] for name in ("dense posterior", "AutoSparseNormal 5%"))
+    dense_kb, sparse_kb = (float(row[0].replace(",", "")) for row in (dense, sparse))
+    numbers = 2 * (784 * 32 + 32 * 32 + 32 * 10 + 74)  # loc and scale
+    assert 2 * 4 * numbers < 1000 * dense_kb < 2.5 * 4 * numbers  # each sends them once
+    assert dense_kb / sparse_kb > 10

@@ -1,5 +1,6 @@
 """Trainings in two and three processes on this machine."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="needs torch.distributed"
 )
 
+EXAMPLE = Path(__file__).parent.parent / "examples" / "many_processes.py"
 SCRIPT = Path(__file__).with_name("training_on_ranks.py")
 
 
@@ -190,6 +192,21 @@ def test_file_of_plain_ssvi(processes, tmp_path):
 def test_a_file_that_rank_0_cannot_use(processes, tmp_path, case):
     for outcome in processes(case, 2, tmp_path):
         assert outcome["error"].startswith("FileNotFoundError")
+
+
+def test_example_resumes_with_fewer_processes(tmp_path):
+    epochs = []
+    for processes, argument in ((2, "--epochs 2"), (1, "--epochs 6")):
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(processes), EXAMPLE, "--checkpoint", tmp_path / "a.ckpt"),
+            *("--density", "0.2", "--hidden", "32", *argument.split()),
+        ]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        epochs.append([int(line.split()[1]) for line in done.stdout.splitlines()])
+    assert epochs == [[1, 2], [2, 3, 4, 5, 6]]  # steps make half as many epochs in one process
 
 
 # What goes wrong

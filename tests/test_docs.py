@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 from pathlib import Path
 
 import pyro
@@ -54,6 +55,11 @@ def names():
 )
 def test_code_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    with socket.create_server(("localhost", 0)) as server:
+        port = str(server.getsockname()[1])
+    torchrun = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
     # A new one for each block, if it makes a guide: there may be one guide in a store.
     namespace = names()
     text = page.read_text()

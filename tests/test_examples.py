@@ -15,6 +15,7 @@ ELSEWHERE = {  # tested in files of their own
     "hierarchical.py",
     "horseshoe_bnn.py",
     "lightning_module.py",
+    "many_processes.py",
     "logistic_regression.py",
     "resnet_cifar.py",
     "sparse_regression.py",
