@@ -36,13 +36,13 @@ class Batch:
     """Random images and labels. Their index is made once: Pyro would draw 60,000 each step."""
 
     def __init__(self, size: int, shape: Sequence[int], classes: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.x = torch.rand(size, *shape, generator=generator)
-        self.y = torch.randint(classes, (size,), generator=generator)
+        torch.manual_seed(0)
+        self.x = torch.rand(size, *shape)
+        self.y = torch.randint(classes, (size,))
         self.index = torch.arange(size)
 
 
-def perceptron(sizes: Sequence[int], device: str = "cpu") -> nn.Module:
+def perceptron(sizes: Sequence[int], device: str | None = None) -> nn.Module:
     """:param device: "meta" for a net without numbers, whose weights others draw."""
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(sizes):
@@ -202,7 +202,7 @@ class Bayesian(Contender):
     def __init__(self, net: nn.Module, batch: Batch, elbo: Any) -> None:
         self.net, self.batch, self.elbo = bayesianize(net, PRIOR_SCALE), batch, elbo
         if all(parameter.is_meta for parameter in net.parameters()):
-            net.to_empty(device="cpu")
+            net.to_empty(device=batch.x.device)
         self.guide = self.make_guide(init_loc_fn=init_to_sample, init_scale=INIT_SCALE)
         self.svi = self.make_svi(pyro.optim.Adam({"lr": LEARNING_RATE}))
 

@@ -8,6 +8,7 @@ round by round::
     python benchmarks/training_step.py --hidden 1200 --density 0.05 --json step.json
     python benchmarks/training_step.py --hidden --resnet18 --density 0.05
     python benchmarks/training_step.py --contenders autonormal ssvi --quick
+    python benchmarks/training_step.py --device cuda --contenders autonormal deterministic ssvi
 
 The contenders (see contenders.py) train the network 784-H-H-10 on random images:
 
@@ -62,6 +63,13 @@ def memory(field: str) -> int | None:
     return 1024 * int(sizes[0]) if sizes else None
 
 
+def peak_memory(device: str) -> int | None:
+    """Bytes at this process's peak, of the device where that has a memory of its own."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if device.startswith("cuda") else memory("VmHWM")
+
+
 def timed(function: Callable[[], object]) -> float:
     start = time.perf_counter()
     function()
@@ -93,13 +101,15 @@ def worker(args: argparse.Namespace) -> None:
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    torch.set_default_device(args.device)
     pyro.set_rng_seed(0)
-    imports = memory("VmRSS")
+    on_host = args.device == "cpu"
+    imports = memory("VmRSS") if on_host else 0
     make = contenders.CONTENDERS[args.worker]
     # Much is loaded at first use: torch's compiler by Adam, MKL's products, compiled kernels.
     batch = contenders.Batch(args.batch_size, [FEATURES], CLASSES)
     take_turn(make(contenders.perceptron([FEATURES, CLASSES, CLASSES]), batch, 0.1), 1)
-    small_net = memory("VmRSS")
+    small_net = memory("VmRSS") if on_host else 0
     pyro.clear_param_store()
 
     if args.resnet18:
@@ -107,7 +117,7 @@ def worker(args: argparse.Namespace) -> None:
         batch = contenders.Batch(args.batch_size, IMAGE, CLASSES)
     else:
         sizes = [FEATURES, *args.hidden, *args.hidden, CLASSES]
-        device = "cpu" if args.worker in PLAIN else "meta"
+        device = None if args.worker in PLAIN else "meta"
         net = contenders.perceptron(sizes, device)
     contender = make(net, batch, *args.density)
     del net
@@ -118,7 +128,7 @@ def worker(args: argparse.Namespace) -> None:
         else:
             answer = {
                 "memory_bytes": {
-                    "peak": memory("VmHWM"),
+                    "peak": peak_memory(args.device),
                     "after_imports": imports,
                     "after_small_net": small_net,
                 },
@@ -150,6 +160,7 @@ class Worker:
             command += ["--resnet18", "--batch-size", str(RESNET18_BATCH)]
         else:
             command += ["--hidden", str(net), "--batch-size", str(args.batch_size)]
+        command += ["--device", args.device]
         if args.threads is not None:
             command += ["--threads", str(args.threads)]
         self.process = subprocess.Popen(
@@ -344,6 +355,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", choices=names, default=names, metavar="NAME")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--seconds", type=float, help="a contender's steps in a round take so long")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, as torch names it")
     parser.add_argument("--threads", type=int, help="of each contender (default: torch's)")
     parser.add_argument("--json", type=Path, help="write settings and results to this file")
     parser.add_argument("--quick", action="store_true", help="one small net, and short rounds")
@@ -399,6 +411,7 @@ def main(argv: list[str] | None = None) -> None:
             "seconds": args.seconds,
             "exchange_every": EXCHANGE_EVERY,
             "threads": threads,
+            "device": args.device,
             "cores": os.cpu_count(),
             "cpu": cpu_model(),
             "versions": found,

@@ -60,26 +60,3 @@ def test_exchange(active):
         carry(loc, move.source, torch.zeros_like(loc))
         assert move.indices.device == move.source.device == loc.device
         assert loc.device.type == "cuda"
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_training_on_a_real_device():
-    from pyro.infer import Trace_ELBO
-
-    from pyro_ssvi import SSVI, AutoSparseNormal, ConstantSchedule, forbid_materialise
-
-    x, y = torch.randn(20, 12, device=cuda), torch.randn(20, device=cuda)
-
-    def model(x, y):
-        zero = x.new_zeros(())
-        w = pyro.sample("w", dist.Normal(zero, 1.0).expand([1, 12]).to_event(2))
-        with pyro.plate("data", len(x)):
-            pyro.sample("obs", dist.Normal(F.linear(x, w).squeeze(-1), 1.0), obs=y)
-
-    guide = AutoSparseNormal(model, density=0.25)
-    optim = pyro.optim.Adam({"lr": 0.01})
-    svi = SSVI(model, guide, optim, Trace_ELBO(), schedule=ConstantSchedule(every=2))
-    with forbid_materialise():
-        for _ in range(5):
-            svi.step(x, y)
-    assert guide.active_sets["w"].indices.is_cuda
