@@ -356,3 +356,15 @@ class SubspaceMessenger(Messenger):
             return
         if is_elementwise_real(fn):
             msg["fn"] = SubspacePrior(fn)
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        # Before the model uses the value, for there it would fail with less to say.
+        fn, value = msg["fn"], msg["value"]
+        if isinstance(fn, SubspacePrior) and isinstance(value, SparseTensor):
+            event_shape = value.shape[len(value.shape) - fn.event_dim :]
+            if event_shape != fn.event_shape:
+                raise ValueError(
+                    f"site {msg['name']!r} has shape {tuple(fn.event_shape)} in the model, but "
+                    f"{tuple(event_shape)} in the guide, which saw another model or other data: "
+                    "make a new guide"
+                )

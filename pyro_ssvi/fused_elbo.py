@@ -84,6 +84,8 @@ class FusedELBO:
                 guide.create_plates(*args, **kwargs)
         with guide._pyro_context:  # so that reading them is a pyro.param statement
             loc, scale = guide.flat_parameters()
+        if loc.dtype != guide.sites[0].dtype:  # it was moved to another precision than the model's
+            raise NotFusedError
         noise = torch.empty_like(loc)
         for (z,) in guide.split(noise):
             z.normal_()  # site by site, for the numbers that the guide would draw

@@ -59,14 +59,14 @@ def _python(state: dict[str, Any]) -> tuple:
 def leaving_no_trace() -> Iterator[None]:
     """Run a model as if it had not run: random generators and modules' buffers are put back."""
     state = random_state()
-    kept: dict[nn.Module, dict[str, tuple[Tensor, Tensor, int | None]]] = {}
+    kept: dict[nn.Module, dict[str, tuple[Tensor, Tensor]]] = {}
 
     def keep(module: nn.Module, args: Any) -> None:
         # Any module that is called: one in the closure of a function cannot be found beforehand.
         for part in module.modules():
             if part not in kept:
                 buffers = part.named_buffers(recurse=False)
-                kept[part] = {name: (b, b.clone(), _changes(b)) for name, b in buffers}
+                kept[part] = {name: (buffer, buffer.clone()) for name, buffer in buffers}
 
     hook = register_module_forward_pre_hook(keep)
     try:
@@ -76,12 +76,6 @@ def leaving_no_trace() -> Iterator[None]:
         set_random_state(state)
         with torch.no_grad():
             for part, buffers in kept.items():
-                for name, (buffer, value, changes) in buffers.items():
+                for name, (buffer, value) in buffers.items():
                     part._buffers[name] = buffer
-                    if changes is None or changes != _changes(buffer):
-                        buffer.copy_(value)
-
-
-def _changes(tensor: Tensor) -> int | None:
-    """How often it was written to, where torch counts that."""
-    return None if tensor.is_inference() else tensor._version
+                    buffer.data.copy_(value)  # does not count as a change

@@ -381,14 +381,16 @@ class SSVI(SVI):
     @torch.no_grad()
     def _plan(self, guide: AutoSparseNormal, share: float, record: GradientRecord) -> dict:
         moves: dict[str, Move] = {}
-        posterior = guide.posterior()
-        for name, active in guide.active_sets.items():
+        active_sets = guide.active_sets
+        parts = guide.split(guide.loc, guide.scale)
+        for site, (loc, scale) in zip(guide.sites, parts, strict=True):
+            name, active = site.name, active_sets[site.name]
             n = min(math.floor(share * len(active) + 0.5), active.numel() - len(active))
             if n == 0:
                 continue
             if isinstance(self.addition, Gradient) and active not in record:
                 continue  # the loss does not depend on this site: no coordinate promises anything
-            scores = self.removal(posterior[name].loc, posterior[name].scale)
+            scores = self.removal(loc.to(site.dtype), scale.to(site.dtype))
             if scores.shape != (len(active),):
                 raise ValueError(
                     f"the removal criterion gave scores {tuple(scores.shape)} for site {name!r}, "
