@@ -3,13 +3,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench soak docs quality wheel clean
+.PHONY: demo test test-oldest lint bench soak docs quality wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/compare_with_autonormal.py --dataset digits
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2
+
+# The oldest versions that setup.py admits, with a Python that they know (3.10 to 3.12).
+test-oldest:
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint tests/oldest.txt --editable ".[dev]"
+	$(VENV)-oldest/bin/python -m pytest --numprocesses 2
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

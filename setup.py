@@ -15,7 +15,7 @@ examples = [
     "matplotlib>=3.7",
     "scikit-learn>=1.3",
     "torchmetrics>=1.2",
-    "torchvision>=0.17",
+    "torchvision>=0.19.1",
     "tqdm>=4.60",
 ]
 docs = ["furo", "myst-parser", "sphinx>=7"]
@@ -39,7 +39,8 @@ setup(
     packages=find_packages(include=["pyro_ssvi", "pyro_ssvi.*"]),
     package_data={"pyro_ssvi": ["py.typed"]},
     python_requires=">=3.10",
-    install_requires=["pyro-ppl>=1.9.1", "torch>=2.2"],
+    # `make test-oldest` tests these bounds.
+    install_requires=["pyro-ppl>=1.9.1", "torch>=2.4.1"],
     extras_require={"cpu": cpu, "examples": examples, "docs": docs, "dev": dev + examples},
     classifiers=[
         "Development Status :: 3 - Alpha",
