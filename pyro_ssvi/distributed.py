@@ -191,8 +191,10 @@ class DistributedSSVI(SSVI):
             return super()._agreed(loss, params)
         unknown = sorted(params.keys() - self._params.keys())
         losses = loss if isinstance(loss, tuple) else (loss,)
-        # Also tells which parameters to step: a process may not have used all.
-        head = [*map(torch_item, losses), len(unknown), *(name in params for name in self._params)]
+        # Also tells which parameters to step, and which have a gradient: here it may be others.
+        used = [name in params for name in self._params]
+        graded = [name in params and params[name].grad is not None for name in self._params]
+        head = [*map(torch_item, losses), len(unknown), *used, *graded]
         sums = torch.tensor(head, dtype=torch.float64, device=self._device)
         dist.all_reduce(sums, group=self.process_group)
         means = (sums[: len(losses)] / self.world_size).tolist()
@@ -202,13 +204,13 @@ class DistributedSSVI(SSVI):
                 f"step {self.steps + 1} uses parameters that the first step did not use, in this "
                 f"process {unknown}: have all of them used in the first step"
             )
-        stepped = []
-        for (name, old), count in zip(self._params.items(), counts, strict=True):
-            param = self._params[name] = params.get(name, old)
-            if count:
-                stepped.append(param)
-        for dtype in {param.dtype: None for param in stepped}:
-            self._average([param for param in stepped if param.dtype == dtype])
+        self._params.update(params)
+        stepped, averaged = (
+            [param for param, count in zip(self._params.values(), part, strict=True) if count]
+            for part in (counts[: len(used)], counts[len(used) :])
+        )
+        for dtype in {param.dtype: None for param in averaged}:
+            self._average([param for param in averaged if param.dtype == dtype])
         mean = type(loss)(*means) if hasattr(loss, "_fields") else tuple(means)
         return mean if isinstance(loss, tuple) else means[0], set(stepped)
 

@@ -284,9 +284,7 @@ def test_a_prior_that_changes_its_shape_is_pyro_s_business():
         svi.step(x, y)
     assert svi._fused is not None
     width[0] = 9
-    with pytest.raises(
-        ValueError, match=r"'w0' has shape \(9, 12\) in the model"
-    ):
+    with pytest.raises(ValueError, match=r"'w0' has shape \(9, 12\) in the model"):
         svi.step(x, y)
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from pyro.distributions import Normal
 from pyro.infer import ReweightedWakeSleep, TraceMeanField_ELBO
-from training_to_resume import Net, X, Y, bnn, fingerprint, make, regression
+from training_to_resume import Net, X, Y, bnn, fingerprint, guide_list, make, regression
 
 from pyro_ssvi import AutoSparseNormal, ConstantSchedule
 from pyro_ssvi.addition import Gradient
@@ -37,7 +37,8 @@ def make_distributed(model=bnn, **kwargs):
         "addition": Gradient(batches=3),
         **kwargs,
     }
-    guide = AutoSparseNormal(model, density=options.pop("density"))
+    guide = options.pop("guide", None) or AutoSparseNormal(model, density=options["density"])
+    del options["density"]
     optim, loss = options.pop("optim"), options.pop("loss")
     return DistributedSSVI(model, guide, optim, loss, **options)
 
@@ -65,6 +66,18 @@ def shared_state(svi):
     return fingerprint([state[key] for key in ("guide", "optim", "store", "steps")])
 
 
+class Oddities(Net):
+    """A net with a frozen parameter, and buffers of many kinds that differ at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm.weight.requires_grad_(False)
+        self.register_buffer("flags", torch.rand(3) < 0.5)
+        self.register_buffer("count", torch.randint(9, ()))
+        self.register_buffer("short", torch.rand(3).half())
+        self.register_buffer("turned", torch.rand(3, 2).t())
+
+
 def random_score(loc, scale):
     return torch.rand_like(loc)
 
@@ -82,6 +95,8 @@ SETTINGS = {
         )
     },
     "module": lambda: {"model": Net()},
+    "frozen parameters and odd buffers": lambda: {"model": Oddities()},
+    "list of guides": lambda: {"guide": guide_list().guide},
     "wake-sleep": lambda: {
         "model": regression,
         "density": {"w": 0.5},
@@ -94,7 +109,11 @@ SETTINGS = {
 def agree(rank, folder, name):
     """Train with these settings."""
     svi = make_distributed(**SETTINGS[name]())
-    return {"seen": train(svi), "indices": svi.guide.indices, "random": fingerprint(torch.rand(3))}
+    seen = train(svi)
+    if name == "frozen parameters and odd buffers":
+        kept = ["flags", "count", "short", "turned", "norm.weight"]
+        seen.append(fingerprint([svi.model.model.state_dict()[key] for key in kept]))
+    return {"seen": seen, "random": fingerprint(torch.rand(3))}
 
 
 def one_process(rank, folder):
