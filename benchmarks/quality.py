@@ -27,10 +27,7 @@ from quality_parts import PARTS, quick
 from quality_runs import Setting
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "examples"))  # for its loader of data sets
-
-RESULTS = HERE / "quality.jsonl"
+RESULTS = Path(__file__).resolve().with_name("quality.jsonl")
 _data: Any = None  # of this process
 
 

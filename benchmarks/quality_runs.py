@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyro
@@ -20,14 +22,18 @@ from scipy.stats import spearmanr
 from sklearn.datasets import load_digits
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
 from pyro_ssvi import SSVI, AutoSparseNormal, ConstantSchedule, CosineSchedule
 from pyro_ssvi.addition import ADDITION
 from pyro_ssvi.criteria import REMOVAL
 from pyro_ssvi.densities import ErdosRenyiKernel, Policy, Uniform
-from pyro_ssvi.diagnostics import class_calibration_error, elbo_parts, overlap, uncertainty
+from pyro_ssvi.diagnostics import elbo_parts, overlap, uncertainty
 from pyro_ssvi.nn import bayesianize
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))  # for what they share
+
+import datasets
+from metrics import measures
 
 __all__ = ["Data", "Setting", "load", "run", "step_function"]
 
@@ -87,8 +93,6 @@ class Data(NamedTuple):
 
 def load(data_dir: str) -> Data:
     """Fashion-MNIST, and digits as data from elsewhere."""
-    import datasets  # of the examples
-
     data = datasets.load("fashion-mnist", data_dir)
     images = torch.as_tensor(load_digits().images, dtype=torch.float32)[:, None]
     images = F.interpolate(images / 16, size=(28, 28), mode="bilinear")
@@ -355,9 +359,9 @@ def predict(contender: Any, x: Tensor, temperature: float = 1.0) -> Tensor:
 
 def evaluate(contender: Any, data: Data, temperature: float) -> dict[str, Any]:
     probs = predict(contender, data.test_x, temperature)
-    result = measures(probs.mean(0), data.test_y)
+    result = scores(probs.mean(0), data.test_y)
     at_mean = (contender.logits_at_mean(data.test_x) / temperature).softmax(-1)
-    result |= {f"{key}_at_mean": value for key, value in measures(at_mean, data.test_y).items()}
+    result |= {f"{key}_at_mean": value for key, value in scores(at_mean, data.test_y).items()}
     result["reliability"] = reliability(probs.mean(0), data.test_y)
     few = data._replace(test_x=data.test_x[:4000])
     usual = uncertainty(probs[:, :4000])
@@ -381,16 +385,9 @@ def elsewhere(data: Data) -> Iterator[tuple[str, Tensor]]:
     yield "inverted", x.max() + x.min() - x
 
 
-def measures(probs: Tensor, labels: Tensor) -> dict[str, float]:
-    classes = probs.shape[-1]
-    brier = (probs - F.one_hot(labels, classes)).square().sum(-1).mean()
-    return {
-        "accuracy": float(multiclass_accuracy(probs, labels, classes, average="micro")),
-        "nll": float(F.nll_loss(probs.clamp(min=1e-12).log(), labels)),
-        "brier": float(brier),
-        "ece": float(multiclass_calibration_error(probs, labels, classes, n_bins=15)),
-        "class_ece": float(class_calibration_error(probs, labels)),
-    }
+def scores(probs: Tensor, labels: Tensor) -> dict[str, float]:
+    brier = (probs - F.one_hot(labels, probs.shape[-1])).square().sum(-1).mean()
+    return {**measures(probs, labels), "brier": float(brier)}
 
 
 def reliability(probs: Tensor, labels: Tensor, bins: int = 15) -> list[list[float]]:

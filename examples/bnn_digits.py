@@ -13,20 +13,21 @@ import pyro
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
+from comparison import make
 from pyro import poutine
-from pyro.infer import SVI, Predictive, Trace_ELBO
-from pyro.infer.autoguide import AutoGuide, AutoNormal, init_to_sample
+from pyro.infer import Predictive
+from pyro.infer.autoguide import AutoGuide, init_to_sample
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from pyro_ssvi import SSVI, AutoSparseNormal, CosineSchedule
 from pyro_ssvi.diagnostics import uncertainty
 from pyro_ssvi.nn import bayesianize
 
 NUM_SAMPLES = 50  # posterior samples of a prediction
 NUM_DATA = 1257  # digits for training
 BATCH = 128
+OPTIONS = {"lr": 5e-3, "init_loc_fn": init_to_sample, "init_scale": 0.01}
 
 net = bayesianize(nn.Sequential(nn.Linear(64, 200), nn.ReLU(), nn.Linear(200, 10)), prior=0.3)
 
@@ -36,18 +37,6 @@ def model(x: Tensor, y: Tensor | None = None) -> None:
     with pyro.plate("data", len(x)), poutine.scale(scale=NUM_DATA / len(x)):
         logits = pyro.deterministic("logits", out, event_dim=1)
         pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
-
-
-def make(density: float, steps: int) -> SVI:
-    """Inference with AutoNormal (for a density of 1) or with AutoSparseNormal."""
-    pyro.clear_param_store()
-    options = {"init_loc_fn": init_to_sample, "init_scale": 0.01}
-    optim = pyro.optim.ClippedAdam({"lr": 5e-3, "lrd": 0.03 ** (1 / steps)})
-    if density == 1:
-        return SVI(model, AutoNormal(model, **options), optim, Trace_ELBO())
-    guide = AutoSparseNormal(model, density=density, **options)
-    schedule = CosineSchedule(every=20, stop=int(0.75 * steps))
-    return SSVI(model, guide, optim, Trace_ELBO(), schedule=schedule)
 
 
 def predict(guide: AutoGuide, x: Tensor) -> Tensor:
@@ -118,7 +107,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     rows = []
     for density in (1, 0.1, 0.05):
         pyro.set_rng_seed(args.seed)
-        svi = make(density, args.steps)
+        svi = make(model, density, args.steps, **OPTIONS)
         for _ in range(args.steps):
             batch = torch.randint(len(x), (BATCH,))
             svi.step(x[batch], y[batch])
@@ -134,7 +123,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
     args.checkpoint.parent.mkdir(parents=True, exist_ok=True)
     svi.save(args.checkpoint)
-    loaded = make(density, args.steps)  # as another program would
+    loaded = make(model, density, args.steps, **OPTIONS)  # as another program would
     loaded.load(args.checkpoint)
     loaded.guide(x[:1], y[:1])  # a guide's first call tells it what is observed
     same = torch.equal(predict(loaded.guide, test_x), probs)

@@ -27,11 +27,11 @@ import pyro
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
+from metrics import measures
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_calibration_error
 from tqdm import tqdm
 
 from pyro_ssvi import SSVI, AutoSparseNormal, CosineSchedule, __version__
@@ -184,10 +184,7 @@ def evaluate(contender: Deterministic | Bayesian, x: Tensor, y: Tensor) -> dict[
     pyro.set_rng_seed(0)
     with torch.no_grad():
         probs = torch.cat([contender.predict(part) for part in x.split(2000)])
-    nll = F.nll_loss(probs.clamp(min=1e-12).log(), y)
-    ece = multiclass_calibration_error(probs, y, probs.shape[-1], n_bins=15, norm="l1")
-    accuracy = (probs.argmax(-1) == y).float().mean()
-    return {"accuracy": accuracy.item(), "nll": nll.item(), "ece": ece.item()}
+    return measures(probs, y)
 
 
 def train(contenders: list, data: datasets.Dataset, args: argparse.Namespace) -> list[dict]:

@@ -10,7 +10,6 @@ a few things::
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
 import matplotlib
@@ -19,18 +18,18 @@ import pyro
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
-from pyro.infer import SVI, Predictive, Trace_ELBO
-from pyro.infer.autoguide import AutoGuide, AutoNormal, init_to_median
+from comparison import fit, log_density
+from pyro.infer import Predictive
+from pyro.infer.autoguide import AutoGuide, init_to_median
 from sklearn.datasets import load_diabetes
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from pyro_ssvi import SSVI, AutoSparseNormal, CosineSchedule
-
 NUM_SAMPLES = 100  # posterior samples of a prediction
 AGES = (30, 40, 50, 60)  # where a new age group begins
 GROUPS = 2 * (len(AGES) + 1)
+OPTIONS = {"lr": 0.02, "init_loc_fn": init_to_median, "init_scale": 0.01}
 
 
 def model(x: Tensor, group: Tensor, y: Tensor | None = None) -> None:
@@ -47,24 +46,6 @@ def model(x: Tensor, group: Tensor, y: Tensor | None = None) -> None:
     mean = pyro.deterministic("mean", intercept[group] + (x * own).sum(-1))
     with pyro.plate("data", len(x)):
         pyro.sample("obs", dist.Normal(mean, sigma), obs=y)
-
-
-def fit(density: float, data: tuple[Tensor, ...], steps: int, seed: int) -> AutoGuide:
-    """Train AutoNormal (for a density of 1) or AutoSparseNormal."""
-    pyro.clear_param_store()
-    pyro.set_rng_seed(seed)
-    options = {"init_loc_fn": init_to_median, "init_scale": 0.01}
-    optim = pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.03 ** (1 / steps)})
-    if density == 1:
-        guide = AutoNormal(model, **options)
-        svi = SVI(model, guide, optim, Trace_ELBO())
-    else:
-        guide = AutoSparseNormal(model, density=density, **options)
-        schedule = CosineSchedule(every=20, stop=int(0.75 * steps))
-        svi = SSVI(model, guide, optim, Trace_ELBO(), schedule=schedule)
-    for _ in range(steps):
-        svi.step(*data)
-    return guide
 
 
 def load(seed: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], list[str]]:
@@ -89,12 +70,8 @@ def score(guide: AutoGuide, x: Tensor, group: Tensor, y: Tensor) -> dict[str, fl
     """Root mean square error, and mean log density of test data under the posterior."""
     samples = Predictive(model, guide=guide, num_samples=NUM_SAMPLES)(x, group)
     mean = samples["mean"].reshape(NUM_SAMPLES, len(x))
-    log_density = dist.Normal(mean, guide.median()["sigma"]).log_prob(y).logsumexp(0)
     rmse = (mean.mean(0) - y).square().mean().sqrt()
-    return {
-        "rmse": rmse.item(),
-        "log density": log_density.mean().item() - math.log(NUM_SAMPLES),
-    }
+    return {"rmse": rmse.item(), "log density": log_density(mean, guide.median()["sigma"], y)}
 
 
 def plot(deviations: dict[str, Tensor], features: list[str], path: Path) -> None:
@@ -139,7 +116,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     print("------------------------------------------------------------")
     rows, deviations = [], {}
     for density in (1, 0.5, 0.25, 0.1):
-        guide = fit(density, train, args.steps, args.seed)
+        guide = fit(model, train, density, args.steps, args.seed, **OPTIONS)
         name = "AutoNormal" if density == 1 else f"AutoSparseNormal {density:.0%}"
         median = guide.median()
         deviations[name] = median["deviation"]

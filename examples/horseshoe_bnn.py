@@ -19,13 +19,12 @@ import pyro
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
-from pyro.infer import SVI, Predictive, Trace_ELBO
-from pyro.infer.autoguide import AutoGuide, AutoNormal, init_to_median
+from comparison import fit, log_density
+from pyro.infer import Predictive
+from pyro.infer.autoguide import AutoGuide, init_to_median
 from sklearn.datasets import load_diabetes
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-
-from pyro_ssvi import SSVI, AutoSparseNormal, CosineSchedule
 
 NUM_SAMPLES = 100  # posterior samples of a prediction
 SIZES = (1, 50, 1)
@@ -58,24 +57,6 @@ def make_init(density: float):
     return init
 
 
-def fit(density: float, x: Tensor, y: Tensor, steps: int, seed: int) -> AutoGuide:
-    """Train AutoNormal (for a density of 1) or AutoSparseNormal."""
-    pyro.clear_param_store()
-    pyro.set_rng_seed(seed)
-    options = {"init_loc_fn": make_init(density), "init_scale": 0.01}
-    optim = pyro.optim.ClippedAdam({"lr": 0.01, "lrd": 0.03 ** (1 / steps)})
-    if density == 1:
-        guide = AutoNormal(model, **options)
-        svi = SVI(model, guide, optim, Trace_ELBO())
-    else:
-        guide = AutoSparseNormal(model, density=density, **options)
-        schedule = CosineSchedule(every=50, stop=int(0.75 * steps))
-        svi = SSVI(model, guide, optim, Trace_ELBO(), schedule=schedule)
-    for _ in range(steps):
-        svi.step(x, y)
-    return guide
-
-
 def predict(guide: AutoGuide, x: Tensor) -> tuple[Tensor, Tensor]:
     """Draws of the curve and of observations, ``[S, N]`` each."""
     samples = Predictive(model, guide=guide, num_samples=NUM_SAMPLES)(x)
@@ -86,11 +67,10 @@ def predict(guide: AutoGuide, x: Tensor) -> tuple[Tensor, Tensor]:
 def score(guide: AutoGuide, x: Tensor, y: Tensor) -> dict[str, float]:
     """On test data: error, log density, and how many lie within the 90 % band."""
     mean, obs = predict(guide, x)
-    log_density = dist.Normal(mean, guide.median()["sigma"]).log_prob(y).logsumexp(0)
     low, high = obs.quantile(torch.tensor([0.05, 0.95]), dim=0)
     return {
         "rmse": (mean.mean(0) - y).square().mean().sqrt().item(),
-        "log density": log_density.mean().item() - math.log(NUM_SAMPLES),
+        "log density": log_density(mean, guide.median()["sigma"], y),
         "inside": ((low < y) & (y < high)).float().mean().item(),
     }
 
@@ -144,7 +124,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     print("----------------------------------------------------------------")
     rows, guides = [], {}
     for density in (1, 0.2):
-        guide = fit(density, x, y, args.steps, args.seed)
+        options = {"lr": 0.01, "every": 50, "init_loc_fn": make_init(density), "init_scale": 0.01}
+        guide = fit(model, (x, y), density, args.steps, args.seed, **options)
         name = "AutoNormal" if density == 1 else f"AutoSparseNormal {density:.0%}"
         guides[name] = guide
         weights = sum(int((w != 0).sum()) for key, w in guide.median().items() if key[0] == "w")

@@ -13,17 +13,18 @@ import pyro
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
-from pyro.infer import SVI, Predictive, Trace_ELBO
-from pyro.infer.autoguide import AutoGuide, AutoNormal, init_to_mean
+from comparison import fit
+from pyro.infer import Predictive
+from pyro.infer.autoguide import AutoGuide, init_to_mean
 from sklearn.datasets import load_breast_cancer
 from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from torch import Tensor
 
-from pyro_ssvi import SSVI, AutoSparseNormal, CosineSchedule
-
 NUM_SAMPLES = 100  # posterior samples of a prediction
+# A vector is sparse only if it is named.
+OPTIONS = {"lr": 0.03, "site": "beta", "init_loc_fn": init_to_mean, "init_scale": 0.1}
 
 
 def model(x: Tensor, y: Tensor | None = None) -> None:
@@ -32,25 +33,6 @@ def model(x: Tensor, y: Tensor | None = None) -> None:
     logits = pyro.deterministic("logits", x @ beta + bias)
     with pyro.plate("data", len(x)):
         pyro.sample("obs", dist.Bernoulli(logits=logits), obs=y)
-
-
-def fit(density: float, x: Tensor, y: Tensor, steps: int, seed: int) -> AutoGuide:
-    """Train AutoNormal (for a density of 1) or AutoSparseNormal."""
-    pyro.clear_param_store()
-    pyro.set_rng_seed(seed)
-    options = {"init_loc_fn": init_to_mean, "init_scale": 0.1}
-    optim = pyro.optim.ClippedAdam({"lr": 0.03, "lrd": 0.03 ** (1 / steps)})
-    if density == 1:
-        guide = AutoNormal(model, **options)
-        svi = SVI(model, guide, optim, Trace_ELBO())
-    else:
-        # A vector is sparse only if it is named.
-        guide = AutoSparseNormal(model, density={"beta": density}, **options)
-        schedule = CosineSchedule(every=20, stop=int(0.75 * steps))
-        svi = SSVI(model, guide, optim, Trace_ELBO(), schedule=schedule)
-    for _ in range(steps):
-        svi.step(x, y)
-    return guide
 
 
 def score(guide: AutoGuide, x: Tensor, y: Tensor) -> dict[str, float]:
@@ -82,7 +64,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     print("-----------------------------------------------")
     rows = []
     for density in (1, 0.2, 0.05, 0.02):
-        guide = fit(density, x, y, args.steps, args.seed)
+        guide = fit(model, (x, y), density, args.steps, args.seed, **OPTIONS)
         name = "AutoNormal" if density == 1 else f"AutoSparseNormal {density:.0%}"
         active = round(density * x.shape[1])
         row = {"name": name, "active": active, **score(guide, test_x, test_y)}

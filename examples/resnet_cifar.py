@@ -24,10 +24,10 @@ import pyro
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
+from metrics import measures
 from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 from torchvision.models import resnet18
 from tqdm import tqdm
 
@@ -35,7 +35,7 @@ from pyro_ssvi import SSVI, AutoSparseNormal, CosineSchedule, SparsePredictive
 from pyro_ssvi.addition import Gradient, Random
 from pyro_ssvi.criteria import REMOVAL
 from pyro_ssvi.densities import ErdosRenyiKernel, Policy, Uniform
-from pyro_ssvi.diagnostics import class_calibration_error, elbo_parts
+from pyro_ssvi.diagnostics import elbo_parts
 from pyro_ssvi.nn import bayesianize
 
 # Classes, then the published code's mean and standard deviation of each channel.
@@ -166,16 +166,6 @@ def train_epoch(args: argparse.Namespace, svi: SSVI, data: Data, epoch: int) -> 
         losses.append(svi.step(x, data.train_y[index]))
         bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
     return sum(losses) / len(losses)
-
-
-def measures(probs: Tensor, labels: Tensor) -> dict[str, float]:
-    classes = probs.shape[-1]
-    return {
-        "accuracy": float(multiclass_accuracy(probs, labels, classes, average="micro")),
-        "nll": float(F.nll_loss(probs.clamp(min=1e-12).log(), labels)),
-        "ece": float(multiclass_calibration_error(probs, labels, classes, n_bins=15)),
-        "class_ece": float(class_calibration_error(probs, labels)),
-    }
 
 
 @torch.no_grad()

@@ -9,22 +9,22 @@ features, of which 20 count: does the posterior find them? ::
 from __future__ import annotations
 
 import argparse
-import math
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer import SVI, Predictive, Trace_ELBO
-from pyro.infer.autoguide import AutoGuide, AutoNormal, init_to_mean
+from comparison import fit, log_density
+from pyro.infer import Predictive
+from pyro.infer.autoguide import AutoGuide, init_to_mean
 from sklearn.datasets import load_diabetes
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from torch import Tensor
 
-from pyro_ssvi import SSVI, AutoSparseNormal, CosineSchedule
-
 NUM_SAMPLES = 100  # posterior samples of a prediction
 NONZERO = 20  # features that count in the simulation
+# A vector is sparse only if it is named.
+OPTIONS = {"lr": 0.03, "site": "beta", "init_loc_fn": init_to_mean, "init_scale": 0.01}
 
 
 def model(x: Tensor, y: Tensor | None = None) -> None:
@@ -35,33 +35,12 @@ def model(x: Tensor, y: Tensor | None = None) -> None:
         pyro.sample("obs", dist.Normal(mean, sigma), obs=y)
 
 
-def fit(density: float, x: Tensor, y: Tensor, steps: int, seed: int) -> AutoGuide:
-    """Train AutoNormal (for a density of 1) or AutoSparseNormal."""
-    pyro.clear_param_store()
-    pyro.set_rng_seed(seed)
-    options = {"init_loc_fn": init_to_mean, "init_scale": 0.01}
-    optim = pyro.optim.ClippedAdam({"lr": 0.03, "lrd": 0.03 ** (1 / steps)})
-    if density == 1:
-        guide = AutoNormal(model, **options)
-        svi = SVI(model, guide, optim, Trace_ELBO())
-    else:
-        # A vector is sparse only if it is named.
-        guide = AutoSparseNormal(model, density={"beta": density}, **options)
-        schedule = CosineSchedule(every=20, stop=int(0.75 * steps))
-        svi = SSVI(model, guide, optim, Trace_ELBO(), schedule=schedule)
-    for _ in range(steps):
-        svi.step(x, y)
-    return guide
-
-
 def score(guide: AutoGuide, x: Tensor, y: Tensor) -> dict[str, float]:
     """Root mean square error, and mean log density of test data under the posterior."""
     samples = Predictive(model, guide=guide, num_samples=NUM_SAMPLES)(x)
     mean, median = samples["mean"].reshape(NUM_SAMPLES, len(x)), guide.median()
-    log_density = dist.Normal(mean, median["sigma"]).log_prob(y).logsumexp(0)
-    log_density = log_density - math.log(NUM_SAMPLES)
     rmse = (x @ median["beta"] - y).square().mean().sqrt()
-    return {"rmse": rmse.item(), "log density": log_density.mean().item()}
+    return {"rmse": rmse.item(), "log density": log_density(mean, median["sigma"], y)}
 
 
 def recovery(guide: AutoGuide, truth: Tensor) -> dict[str, float]:
@@ -119,7 +98,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
     print("                        active    RMSE  log density")
     print("---------------------------------------------------")
     for density in (1, 0.5, 0.2, 0.1):
-        guide = fit(density, x, y, args.steps, args.seed)
+        guide = fit(model, (x, y), density, args.steps, args.seed, **OPTIONS)
         active = round(density * x.shape[1])
         row = {"name": name(density), "active": active, **score(guide, test_x, test_y)}
         results["diabetes"].append(row)
@@ -136,7 +115,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
     )
     for active in (args.features, 250, 50, NONZERO):
         density = active / args.features
-        guide = fit(density, x, y, args.steps, args.seed)
+        guide = fit(model, (x, y), density, args.steps, args.seed, **OPTIONS)
         row = {"name": name(density), "active": active, **score(guide, test_x, test_y)}
         row |= recovery(guide, truth)
         results["simulation"].append(row)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-MODULES = {"datasets.py"}  # imported by examples, tested in test_datasets.py
+MODULES = {"comparison.py", "datasets.py", "metrics.py"}  # imported by examples
 ELSEWHERE = {  # tested in files of their own
     "bnn_digits.py",
     "hierarchical.py",

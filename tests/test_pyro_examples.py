@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where plots are written
+    monkeypatch.syspath_prepend(EXAMPLES)  # for what they share
 
     def main(name, arguments):
         rows = runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](arguments.split())
