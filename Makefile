@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-oldest lint bench soak docs quality wheel clean
+.PHONY: demo test test-oldest lint bench soak docs figures quality wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/compare_with_autonormal.py --dataset digits
@@ -41,6 +41,9 @@ wheel: $(VENV)/.installed
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/sphinx-build -W -b html docs docs/_build/html
+
+figures: $(VENV)/.installed
+	$(BIN)/python docs/figures.py
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)

@@ -18,7 +18,8 @@ examples = [
     "torchvision>=0.19.1",
     "tqdm>=4.60",
 ]
-docs = ["furo", "myst-parser", "sphinx>=7"]
+# The tutorials are run when the site is built.
+docs = [*examples, "furo", "myst-nb>=1.1", "sphinx>=7"]
 dev = [
     "hypothesis>=6.80",
     "ivon-opt>=0.1.3",

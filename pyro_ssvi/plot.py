@@ -19,7 +19,17 @@ from .guides import AutoSparseNormal
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["active_set", "densities", "elbo", "posterior", "reliability", "turnover"]
+__all__ = [
+    "accuracy",
+    "active_set",
+    "bands",
+    "densities",
+    "elbo",
+    "posterior",
+    "receptive_fields",
+    "reliability",
+    "turnover",
+]
 
 # Okabe and Ito's, told apart by the colour-blind too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -103,6 +113,44 @@ def active_set(
     return ax
 
 
+def receptive_fields(
+    weights: Tensor, image_shape: tuple[int, int], units: int = 24, ax: Axes | None = None
+) -> Axes:
+    """What the first units of a layer look at: their weights as images, exact zeros in grey.
+
+    :param weights: of a layer that sees images, ``[out, height * width]``, dense as
+        ``guide.median()`` gives them.
+    :param image_shape: height and width.
+    :param units: how many to show: those with the largest weights, in the sum of squares.
+    """
+    ax = _axes(ax)
+    height, width = image_shape
+    if weights.dim() != 2 or weights.shape[1] != height * width:
+        raise ValueError(
+            f"image_shape {image_shape} asks for weights of shape (out, {height * width}), got "
+            f"{tuple(weights.shape)}"
+        )
+    order = weights.square().sum(1).argsort(descending=True)[:units]
+    columns = min(len(order), 8)
+    rows = -(-len(order) // columns)
+    fields = weights.new_zeros(rows * columns, height, width)
+    fields[: len(order)] = weights[order].reshape(-1, height, width)
+    image = fields.reshape(rows, columns, height, width).transpose(1, 2)
+    image = image.reshape(rows * height, columns * width).cpu()
+    most = float(image.abs().max())
+    drawn = ax.imshow(
+        image.where(image != 0, torch.nan).numpy(), cmap="PuOr", vmin=-most, vmax=most
+    )
+    for row in range(1, rows):
+        ax.axhline(row * height - 0.5, color="white", lw=2)
+    for column in range(1, columns):
+        ax.axvline(column * width - 0.5, color="white", lw=2)
+    ax.figure.colorbar(drawn, ax=ax, shrink=0.8)
+    ax.set(title="Weights of each unit", xticks=[], yticks=[], facecolor="0.85")
+    ax.spines[:].set_visible(False)
+    return ax
+
+
 def posterior(
     guide: AutoSparseNormal, site: str, names: Sequence[str] | None = None, ax: Axes | None = None
 ) -> Axes:
@@ -153,10 +201,49 @@ def reliability(
     )
     if not ax.lines:
         ax.plot([0, 1], [0, 1], color=GREY, lw=1)
-    ax.plot(x, y, "o-", ms=4, label=label)
+    ax.plot(x, y, "o-", ms=4, label=label, color=COLOURS[(len(ax.lines) - 1) % len(COLOURS)])
     if label is not None:
         ax.legend(frameon=False)
     return _finish(ax, title="Reliability", xlabel="confidence", ylabel="accuracy")
+
+
+def bands(
+    x: Tensor, draws: Tensor, label: str | None = None, colour: str = BLUE, ax: Axes | None = None
+) -> Axes:
+    """A curve with its uncertainty: the median of the draws, and bands of 50 and 90 % of them.
+
+    :param x: where the curve is drawn, ``[N]``, ascending.
+    :param draws: from the posterior, of the curve or of observations, ``[S, N]``.
+    :param label: of the curve.
+    """
+    ax = _axes(ax)
+    levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95]).to(draws)
+    low, lower, middle, upper, high = draws.quantile(levels, dim=0).cpu().numpy()
+    places = x.cpu().numpy()
+    for bottom, top in ((low, high), (lower, upper)):
+        ax.fill_between(places, bottom, top, color=colour, alpha=0.25, lw=0)
+    ax.plot(places, middle, color=colour, lw=2, label=label)
+    if label is not None:
+        ax.legend(frameon=False)
+    return _finish(ax)
+
+
+def accuracy(results: Mapping[str, tuple[int, float]], ax: Axes | None = None) -> Axes:
+    """Accuracy against active parameters.
+
+    :param results: by name, how many parameters are active and which share of the predictions is
+        right::
+
+            plot.accuracy({"AutoNormal": (478_410, 0.898), "5 %": (24_690, 0.889)})
+    """
+    ax = _axes(ax)
+    for (name, (active, right)), colour, marker in zip(
+        results.items(), cycle(COLOURS), cycle("osD^vPX"), strict=False
+    ):
+        ax.plot(active, 100 * right, marker, ms=8, color=colour, label=name)
+    ax.set_xscale("log")
+    ax.legend(frameon=False)
+    return _finish(ax, title="Accuracy, %", xlabel="active parameters")
 
 
 def _axes(ax: Axes | None) -> Any:

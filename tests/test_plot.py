@@ -68,6 +68,42 @@ def test_active_set_by_pixel_and_by_cell(guide):
         plot.active_set(active, image_shape=(5, 5))
 
 
+def test_receptive_fields_show_the_strongest_units_and_leave_zeros_out():
+    weights = torch.zeros(11, 6)
+    weights[:, 0] = torch.arange(11.0)  # a pixel of each unit; unit 0 has none
+    ax = plot.receptive_fields(weights, image_shape=(2, 3), units=10)
+    image = torch.as_tensor(ax.images[0].get_array().filled(0.0))
+    assert image.shape == (2 * 2, 8 * 3)
+    assert image[0, ::3].tolist() == [10, 9, 8, 7, 6, 5, 4, 3]
+    assert image[2, ::3].tolist() == [2, 1, 0, 0, 0, 0, 0, 0]
+    assert ax.images[0].get_array().mask.sum() == image.numel() - 10
+    assert ax.images[0].get_clim() == (-10, 10)
+    with pytest.raises(ValueError, match=r"\(out, 4\), got \(11, 6\)"):
+        plot.receptive_fields(weights, image_shape=(2, 2))
+    plt.close("all")
+
+
+def test_bands_are_quantiles_of_the_draws():
+    draws = torch.arange(101.0).unsqueeze(-1) * torch.tensor([1.0, 2.0])
+    ax = plot.bands(torch.tensor([0.0, 1.0]), draws, label="curve")
+    assert ax.lines[0].get_ydata().tolist() == [50, 100]
+    wide, narrow = (band.get_datalim(ax.transData) for band in ax.collections)
+    assert (wide.y0, wide.y1) == pytest.approx((5, 190))
+    assert (narrow.y0, narrow.y1) == pytest.approx((25, 150))
+    assert ax.get_legend().get_texts()[0].get_text() == "curve"
+    plt.close("all")
+
+
+def test_accuracy_against_active_parameters():
+    ax = plot.accuracy({"dense": (10_000, 0.9), "sparse": (100, 0.85)})
+    points = {line.get_label(): line.get_xydata().tolist() for line in ax.lines}
+    assert points == {"dense": [[10_000, 90]], "sparse": [[100, 85]]}
+    assert ax.get_xscale() == "log"
+    assert len({line.get_color() for line in ax.lines}) == 2
+    assert len({line.get_marker() for line in ax.lines}) == 2
+    plt.close("all")
+
+
 def test_posterior_shows_the_surest_first(guide):
     guide.loc_unconstrained.data[:18] = torch.arange(18.0)
     ax = plot.posterior(guide, "w", names=[f"w{i}" for i in range(72)])
