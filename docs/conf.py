@@ -15,6 +15,7 @@ autodoc_member_order = "bysource"
 # Tutorials are notebooks kept as text. They run anew when their code has changed.
 nb_execution_mode = "cache"
 nb_execution_raise_on_error = True
-nb_execution_timeout = 120
+nb_execution_timeout = 300  # of a cell; on a quiet machine a page takes a minute
 nb_merge_streams = True
 nb_execution_show_tb = True
+nb_output_stderr = "remove"

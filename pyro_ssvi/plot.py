@@ -242,6 +242,7 @@ def accuracy(results: Mapping[str, tuple[int, float]], ax: Axes | None = None) -
     ):
         ax.plot(active, 100 * right, marker, ms=8, color=colour, label=name)
     ax.set_xscale("log")
+    ax.xaxis.set_minor_formatter(lambda value, place: "")  # they would overlap
     ax.legend(frameon=False)
     return _finish(ax, title="Accuracy, %", xlabel="active parameters")
 
