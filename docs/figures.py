@@ -16,6 +16,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
 from sklearn.datasets import load_digits
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from pyro_ssvi import SSVI, ActiveSet, AutoSparseNormal, CosineSchedule, criteria, plot
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#BBBBBB"
+ORANGE, LIGHT = plot.COLOURS[1], "#BBBBBB"
 EVERY = 20  # steps from one exchange to the next
 
 
@@ -118,31 +119,34 @@ def draw_moving(training: Training) -> plt.Figure:
 def draw_exchange(exchange: Exchange) -> plt.Figure:
     """The statistics by which one exchange chose."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    snr, removed = exchange.snr, exchange.removed
-    bins = torch.linspace(0, float(snr.max()), 41).tolist()
-    left.hist(
-        [snr[removed].tolist(), snr[~removed].tolist()],
-        bins,
-        stacked=True,
-        color=[ORANGE, BLUE],
-        label=[f"removed: {int(removed.sum())}", f"kept: {int((~removed).sum())}"],
-    )
+    stacked(left, exchange.snr, exchange.removed, ("removed", "kept"), (ORANGE, plot.BLUE))
     left.set(title="Active weights", xlabel="signal-to-noise ratio |mean| / sd", ylabel="weights")
-    size, added = exchange.gradient, exchange.added
-    bins = torch.linspace(0, float(size.max()), 41).tolist()
-    right.hist(
-        [size[added].tolist(), size[~added].tolist()],
-        bins,
-        stacked=True,
-        color=[BLUE, GREY],
-        label=[f"added: {int(added.sum())}", f"left out: {int((~added).sum())}"],
-        log=True,
-    )
+    names = ("added", "left out")
+    stacked(right, exchange.gradient, exchange.added, names, (plot.BLUE, LIGHT), log=True)
     right.set(title="Inactive weights", xlabel="size of the gradient", ylabel="weights")
-    for ax in (left, right):
-        ax.legend(frameon=False)
-        ax.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def stacked(
+    ax: Axes,
+    values: Tensor,
+    chosen: Tensor,
+    names: tuple[str, str],
+    colours: tuple[str, str],
+    log: bool = False,
+) -> None:
+    """A histogram of values, those that were chosen apart from the others."""
+    parts = values[chosen], values[~chosen]
+    ax.hist(
+        [part.tolist() for part in parts],
+        torch.linspace(0, float(values.max()), 41).tolist(),
+        stacked=True,
+        color=colours,
+        label=[f"{name}: {len(part)}" for name, part in zip(names, parts, strict=True)],
+        log=log,
+    )
+    ax.legend(frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
 
 
 def main(argv: list[str] | None = None) -> None:
