@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -101,31 +102,14 @@ class DistributedSSVI(SSVI):
         :raises OSError: in all processes, if it could not be written.
         """
         state = self.state_dict()
-        failed = None
-        if self.rank == 0:
-            try:
-                checkpoint.write(path, state)
-            except OSError as error:
-                failed = error
-        failed = self._first(failed)
-        if failed is not None:
-            raise failed
+        self._in_first(lambda: checkpoint.write(path, state))
 
     def load(self, path: str | os.PathLike, map_location: Any = None) -> None:
         """Go on from a file, which only rank 0 reads.
 
         :param map_location: as for :func:`torch.load`, of this process.
         """
-        content: Any = None
-        if self.rank == 0:
-            try:
-                with open(path, "rb") as file:
-                    content = file.read()
-            except OSError as error:
-                content = error
-        content = self._first(content)
-        if isinstance(content, OSError):
-            raise content
+        content = self._in_first(Path(path).read_bytes)
         self._restore(checkpoint.parse(content, path, map_location), str(path))
 
     def _restore(self, state: Mapping[str, Any], source: str) -> None:
@@ -300,11 +284,18 @@ class DistributedSSVI(SSVI):
         dist.broadcast(message, self._source, group=self.process_group)
         tensor.detach().copy_(message)
 
-    def _first(self, value: Any) -> Any:
-        """What rank 0 has."""
-        values = [value]
-        dist.broadcast_object_list(values, self._source, group=self.process_group)
-        return values[0]
+    def _in_first(self, use_file: Callable[[], Any]) -> Any:
+        """What it gives in rank 0, which alone calls it; or its error, in all processes."""
+        outcome: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                outcome = [use_file()]
+            except OSError as error:
+                outcome = [error]
+        dist.broadcast_object_list(outcome, self._source, group=self.process_group)
+        if isinstance(outcome[0], OSError):
+            raise outcome[0]
+        return outcome[0]
 
     def _gathered(self, value: Any) -> list:
         """What each has, in the order of ranks."""
