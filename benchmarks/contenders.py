@@ -36,9 +36,9 @@ class Batch:
     """Random images and labels. Their index is made once: Pyro would draw 60,000 each step."""
 
     def __init__(self, size: int, shape: Sequence[int], classes: int) -> None:
-        torch.manual_seed(0)
-        self.x = torch.rand(size, *shape)
-        self.y = torch.randint(classes, (size,))
+        generator = torch.Generator(torch.get_default_device()).manual_seed(0)
+        self.x = torch.rand(size, *shape, generator=generator)
+        self.y = torch.randint(classes, (size,), generator=generator)
         self.index = torch.arange(size)
 
 

@@ -17,69 +17,30 @@ from pathlib import Path
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 import torch.distributed
-import torch.nn.functional as F
-from contenders import EXCHANGE_EVERY, NUM_DATA, PRIOR_SCALE, Batch, perceptron
-from pyro import poutine
-from pyro.infer import Trace_ELBO
-from torch import Tensor
+from contenders import EXCHANGE_EVERY, Batch, Deterministic, Sparse, perceptron
+from pyro.infer import SVI, Trace_ELBO
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pyro_ssvi import AutoSparseNormal, ConstantSchedule, DistributedSSVI
-from pyro_ssvi.addition import Gradient
-from pyro_ssvi.nn import bayesianize
+from pyro_ssvi import ConstantSchedule, DistributedSSVI
 
 
-class Deterministic:
-    """The same network without a posterior, by torch's DistributedDataParallel."""
-
-    name = "deterministic, DDP"
-
-    def __init__(self, sizes: list[int], batch: Batch) -> None:
-        self.batch = batch
-        self.net = DistributedDataParallel(perceptron(sizes))
-        self.optim = torch.optim.Adam(self.net.parameters(), lr=1e-3)
-
-    def step(self) -> None:
-        self.optim.zero_grad()
-        F.cross_entropy(self.net(self.batch.x), self.batch.y).backward()
-        self.optim.step()
-
-    def exchange(self) -> None:
-        pass
-
-
-class Bayesian:
+class Distributed(Sparse):
     """DistributedSSVI; at density 1 it has AutoNormal's parameters, and sends their gradients."""
 
-    def __init__(self, sizes: list[int], batch: Batch, density: float) -> None:
-        self.name = "dense posterior" if density == 1 else f"AutoSparseNormal {100 * density:g}%"
-        self.batch, self.store = batch, None
-        net = bayesianize(perceptron(sizes, "meta"), PRIOR_SCALE)
-        net.module.to_empty(device="cpu")
+    def __init__(self, net: nn.Module, batch: Batch, density: float) -> None:
+        self.store: dict | None = None  # of its own: all contenders are in one process
+        super().__init__(net, batch, density, Trace_ELBO())
 
-        def model(x: Tensor, y: Tensor) -> None:
-            logits = net(x)
-            with pyro.plate("data", len(x)), poutine.scale(scale=NUM_DATA / len(x)):
-                pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
+    def make_svi(self, optim: Any) -> SVI:
+        schedule = ConstantSchedule(every=10**9)  # exchanges are measured apart
+        return DistributedSSVI(self.model, self.guide, optim, self.elbo, schedule=schedule)
 
-        guide = AutoSparseNormal(model, density=density)
-        optim = pyro.optim.Adam({"lr": 1e-3})
+    def step(self) -> float:
         with pyro.get_param_store().scope(self.store) as self.store:
-            self.svi = DistributedSSVI(
-                model,
-                guide,
-                optim,
-                Trace_ELBO(),
-                schedule=ConstantSchedule(every=10**9),  # exchanges are measured apart
-                addition=Gradient(),
-            )
-
-    def step(self) -> None:
-        with pyro.get_param_store().scope(self.store) as self.store:
-            self.svi.step(self.batch.x, self.batch.y)
+            return super().step()
 
     def exchange(self) -> None:
         with pyro.get_param_store().scope(self.store) as self.store:
@@ -113,35 +74,38 @@ def worker(rank: int, world_size: int, hidden: int, args: argparse.Namespace, fi
     pyro.set_rng_seed(rank)
     sizes = [784, hidden, hidden, 10]
     batch = Batch(args.batch_size, (784,), 10)
-    made: list[Any] = [Bayesian(sizes, batch, density) for density in (1.0, *args.density)]
-    made.insert(0, Deterministic(sizes, batch))
-    steps: list[list[tuple[float, float]]] = [[] for _ in made]
-    exchanges: list[list[tuple[float, float]]] = [[] for _ in made]
-    for contender in made:
-        contender.step()
-        contender.exchange()
+    deterministic = Deterministic(DistributedDataParallel(perceptron(sizes)), batch)
+    made = {"deterministic, DDP": (deterministic.step, lambda: None)}
+    for density in (1.0, *args.density):
+        name = "dense posterior" if density == 1 else f"AutoSparseNormal {100 * density:g}%"
+        contender = Distributed(perceptron(sizes, "meta"), batch, density)
+        made[name] = contender.step, contender.exchange
+    measured: dict[str, list[list[tuple[float, float]]]] = {name: [[], []] for name in made}
+    for step, exchange in made.values():
+        step()
+        exchange()
     for _ in range(args.rounds):
-        for contender, step, exchange in zip(made, steps, exchanges, strict=True):
-            step.append(measure(contender.step, args.steps))
-            exchange.append(measure(contender.exchange, 1))
+        for name, (step, exchange) in made.items():
+            measured[name][0].append(measure(step, args.steps))
+            measured[name][1].append(measure(exchange, 1))
     if rank == 0:
-        report(made, steps, exchanges, f"784-{hidden}-{hidden}-10, {world_size} processes", args)
+        report(measured, f"784-{hidden}-{hidden}-10, {world_size} processes", args)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def report(made: list, steps: list, exchanges: list, title: str, args: argparse.Namespace) -> None:
+def report(measured: dict, title: str, args: argparse.Namespace) -> None:
     def median(pairs: list, which: int) -> float:
         return statistics.median(pair[which] for pair in pairs)
 
     print(f"\n{title}, batch {args.batch_size} each, 1 thread each, {args.rounds} rounds\n")
     print(f"{'':22}{'kB a step':>11}{'kB an exchange':>16}{'kB sent':>10}{'less':>8}{'ms':>9}")
-    dense = median(steps[1], 1)
-    for contender, step, exchange in zip(made, steps, exchanges, strict=True):
+    dense = median(measured["dense posterior"][0], 1)
+    for name, (step, exchange) in measured.items():
         sent = median(step, 1)
         total = sent + median(exchange, 1) / EXCHANGE_EVERY
         print(
-            f"{contender.name:22}{sent / 1e3:11,.1f}{median(exchange, 1) / 1e3:16,.1f}"
+            f"{name:22}{sent / 1e3:11,.1f}{median(exchange, 1) / 1e3:16,.1f}"
             f"{total / 1e3:10,.1f}{dense / total:7.1f}x{1e3 * median(step, 0):9.1f}"
         )
     print(
