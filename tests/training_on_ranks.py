@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pyro
@@ -20,7 +21,7 @@ from pyro.distributions import Normal
 from pyro.infer import ReweightedWakeSleep, TraceMeanField_ELBO
 from training_to_resume import Net, X, Y, bnn, fingerprint, guide_list, make, regression
 
-from pyro_ssvi import AutoSparseNormal, ConstantSchedule
+from pyro_ssvi import ConstantSchedule
 from pyro_ssvi.addition import Gradient
 from pyro_ssvi.distributed import DistributedSSVI
 
@@ -28,19 +29,7 @@ SEED = 7
 STEPS = 10
 
 
-def make_distributed(model=bnn, **kwargs):
-    options = {
-        "density": 0.3,
-        "optim": pyro.optim.Adam({"lr": 0.02}),
-        "loss": pyro.infer.Trace_ELBO(),
-        "schedule": ConstantSchedule(every=4),
-        "addition": Gradient(batches=3),
-        **kwargs,
-    }
-    guide = options.pop("guide", None) or AutoSparseNormal(model, density=options["density"])
-    del options["density"]
-    optim, loss = options.pop("optim"), options.pop("loss")
-    return DistributedSSVI(model, guide, optim, loss, **options)
+make_distributed = partial(make, inference=DistributedSSVI)
 
 
 def batch_of(rank):

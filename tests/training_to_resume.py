@@ -81,16 +81,13 @@ def hidden_net():
     return net, model
 
 
-def make(model=bnn, density=0.3, optim=None, loss=None, at="sample", **kwargs):
-    guide = AutoSparseNormal(model, density=density)
-    return SSVI(
+def make(model=bnn, density=0.3, guide=None, optim=None, loss=None, inference=SSVI, **kwargs):
+    return inference(
         model,
-        guide,
+        guide or AutoSparseNormal(model, density=density),
         optim or pyro.optim.Adam({"lr": 0.02}),
         loss or Trace_ELBO(),
-        schedule=ConstantSchedule(every=4),
-        addition=Gradient(batches=3, at=at),
-        **kwargs,
+        **{"schedule": ConstantSchedule(every=4), "addition": Gradient(batches=3), **kwargs},
     )
 
 
@@ -114,15 +111,7 @@ def guide_list(second=AutoSparseNormal):
     guide = AutoGuideList(bnn)
     guide.append(AutoSparseNormal(pyro.poutine.block(bnn, hide=["noise"]), density=0.3))
     guide.append(second(pyro.poutine.block(bnn, expose=["noise"])))
-    optim = pyro.optim.Adam({"lr": 0.02})
-    return SSVI(
-        bnn,
-        guide,
-        optim,
-        Trace_ELBO(),
-        schedule=ConstantSchedule(every=4),
-        addition=Gradient(batches=3),
-    )
+    return make(guide=guide)
 
 
 def with_autonormal():
@@ -139,7 +128,7 @@ CASES = {
     "ExponentialLR": lambda: make(optim=scheduled("ExponentialLR", gamma=0.8)),
     "MultiStepLR": lambda: make(optim=scheduled("MultiStepLR", milestones=[2, 5], gamma=0.5)),
     "OneCycleLR": lambda: make(optim=scheduled("OneCycleLR", max_lr=0.1, total_steps=20)),
-    "at the mean": lambda: make(at="mean"),
+    "at the mean": lambda: make(addition=Gradient(batches=3, at="mean")),
     "module": lambda: make(Net()),
     # Pyro's SVI cannot train unconstrained parameters of a module when they are local.
     "module, local parameters": lambda: make(Net(unconstrained=False)),
