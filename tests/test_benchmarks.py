@@ -119,7 +119,7 @@ def quality(tmp_path, monkeypatch):
     monkeypatch.setattr(quality_runs, "NUM_SAMPLES", 2)
     small = {
         part: [
-            dataclasses.replace(setting, net="8-8", epochs=2, batch_size=32, every=5)
+            dataclasses.replace(setting, net="8-8", epochs=3, batch_size=32, every=5)
             if part != "lenet"
             else dataclasses.replace(setting, epochs=1, batch_size=300)
             for setting in settings
@@ -169,7 +169,7 @@ def test_quality_study_is_resumable_and_fills_its_page(quality, tmp_path, capsys
     assert dense[0]["active"] == 784 * 8 + 8 + 8 * 8 + 8 + 8 * 10 + 10
     assert all(row["active"] < dense[0]["active"] for row in sparse if "net" in row["setting"])
     assert all(0 <= row["accuracy"] <= 1 and row["nll"] > 0 for row in dense + sparse)
-    assert max(row["accuracy"] for row in rows if "accuracy" in row) > 0.4  # it learns
+    assert max(row["accuracy"] for row in rows if "accuracy" in row) > 0.5  # it learns
     text = page.read_text()
     assert text.startswith("Before.")
     assert text.endswith("After.\n")
