@@ -290,10 +290,10 @@ class DistributedSSVI(SSVI):
         if self.rank == 0:
             try:
                 outcome = [use_file()]
-            except OSError as error:
+            except Exception as error:  # whatever it is, the others wait
                 outcome = [error]
         dist.broadcast_object_list(outcome, self._source, group=self.process_group)
-        if isinstance(outcome[0], OSError):
+        if isinstance(outcome[0], Exception):
             raise outcome[0]
         return outcome[0]
 

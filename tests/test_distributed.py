@@ -70,6 +70,13 @@ def test_one_process_is_ssvi(processes, tmp_path):
     assert ends[0] == ends[1]
 
 
+def test_some_of_the_processes(processes, tmp_path):
+    others, first, second = results(processes("some of them", 3, tmp_path))
+    assert others is None
+    assert [first["seen"], second["seen"]] == [[0, 2], [1, 2]]
+    assert len({*first["ends"], *second["ends"]}) == 1
+
+
 @pytest.fixture
 def double():
     torch.set_default_dtype(torch.float64)
@@ -188,10 +195,17 @@ def test_file_of_plain_ssvi(processes, tmp_path):
     assert len({end["random"] for end in resumed}) == 2
 
 
-@pytest.mark.parametrize("case", ["cannot save", "cannot load"])
-def test_a_file_that_rank_0_cannot_use(processes, tmp_path, case):
+@pytest.mark.parametrize(
+    ("case", "error"),
+    [
+        ("cannot save", "FileNotFoundError"),
+        ("cannot write", "RuntimeError: write failed"),
+        ("cannot load", "FileNotFoundError"),
+    ],
+)
+def test_a_file_that_rank_0_cannot_use(processes, tmp_path, case, error):
     for outcome in processes(case, 2, tmp_path):
-        assert outcome["error"].startswith("FileNotFoundError")
+        assert outcome["error"].startswith(error)
 
 
 def test_example_resumes_with_fewer_processes(tmp_path):

@@ -21,7 +21,7 @@ from pyro.distributions import Normal
 from pyro.infer import ReweightedWakeSleep, TraceMeanField_ELBO
 from training_to_resume import Net, X, Y, bnn, fingerprint, guide_list, make, regression
 
-from pyro_ssvi import ConstantSchedule
+from pyro_ssvi import ConstantSchedule, checkpoint
 from pyro_ssvi.addition import Gradient
 from pyro_ssvi.distributed import DistributedSSVI
 
@@ -189,6 +189,26 @@ def site_unused_in_one(rank, folder):
     return {"exchanged": svi.exchange(*batch_of(rank)), "seen": train(svi)}
 
 
+def some_of_them(rank, folder):
+    """The last two processes train, and save and load, without the others."""
+    world_size = dist.get_world_size()
+    group = dist.new_group([world_size - 2, world_size - 1])
+    if rank < world_size - 2:
+        return None
+    svi = make_distributed(process_group=group)
+    seen = [svi.rank, svi.world_size]
+    for _ in range(6):
+        svi.step(*batch_of(rank))
+    svi.save(folder / "a.ckpt")
+    ends = []
+    for _ in range(2):
+        svi.load(folder / "a.ckpt")
+        for _ in range(4):
+            svi.step(*batch_of(rank))
+        ends.append(shared_state(svi))
+    return {"seen": seen, "ends": ends}
+
+
 def differ(rank, folder, what):
     """Processes that do not train the same thing."""
     x, y = batch_of(rank)
@@ -242,6 +262,18 @@ def cannot_save(rank, folder):
     svi.save(folder / "missing" / "a.ckpt")
 
 
+def cannot_write(rank, folder):
+    """What torch raises if the disk is full."""
+
+    def write(path, state):
+        raise RuntimeError("write failed")
+
+    svi = make_distributed()
+    train(svi, 2)
+    checkpoint.write = write
+    svi.save(folder / "a.ckpt")
+
+
 def cannot_load(rank, folder):
     make_distributed().load(folder / "missing.ckpt")
 
@@ -266,7 +298,9 @@ CASES = {
             not_all_use,
             die,
             cannot_save,
+            cannot_write,
             cannot_load,
+            some_of_them,
         )
     },
 }
