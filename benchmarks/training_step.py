@@ -404,7 +404,7 @@ def main(argv: list[str] | None = None) -> None:
         "peak: memory above\nthat after imports, and above that after training a small net. "
         "state: parameters, optimizer,\nactive sets. MFLOP: of a step's products."
     )
-    print(f"{cpu_model()}; " + ", ".join(f"{name} {each}" for name, each in found.items()))
+    print(f"{cpu_model()}\n" + ", ".join(f"{name} {each}" for name, each in found.items()))
     if args.json:
         settings = {
             "rounds": args.rounds,

@@ -125,7 +125,6 @@ def main(argv: list[str] | None = None) -> list[dict]:
     svi.save(args.checkpoint)
     loaded = make(model, density, args.steps, **OPTIONS)  # as another program would
     loaded.load(args.checkpoint)
-    loaded.guide(x[:1], y[:1])  # a guide's first call tells it what is observed
     same = torch.equal(predict(loaded.guide, test_x), probs)
     print(f"\n{name} saved, {args.checkpoint.stat().st_size:,} bytes, and loaded: ", end="")
     print("the same predictions" if same else "OTHER PREDICTIONS")

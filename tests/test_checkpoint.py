@@ -249,6 +249,7 @@ def test_file_of_version_1_goes_on_loading():
     svi.load(OLD_FILE)
     state = svi.state_dict()
     assert svi.steps == 6
+    assert state["guide"]["_extra_state"].pop("observed") == []
     kept = {key: state[key] for key in ("guide", "store", "record", "elbo", "random")}
     assert fingerprint(kept) == OLD_FINGERPRINT
     assert math.isfinite(svi.step(X, Y))
@@ -523,6 +524,32 @@ def test_state_dict_of_another_density(seen):
     assert fingerprint(guide.state_dict()) == before
 
 
+def test_state_dict_of_a_guide_that_predicts_first():
+    """Without labels, a loaded guide knows that they are observed."""
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([4, 12]).to_event(2))
+        with pyro.plate("data", len(x)):  # a site that would be sparse, if it were latent
+            pyro.sample("obs", dist.Normal(x @ w.T, 1.0).to_event(1), obs=y)
+
+    y = torch.randn(len(X), 4)
+    svi = make(model)
+    svi.step(X, y)
+    state, guide = svi.guide.state_dict(), svi.guide
+    loaded = AutoSparseNormal(model, density=0.3)
+    draws = []
+    for each in (guide, loaded):
+        pyro.clear_param_store()
+        if each is loaded:
+            loaded.load_state_dict(state)
+        pyro.set_rng_seed(0)
+        draws.append(Predictive(model, guide=each, num_samples=3)(X[:5])["obs"])
+    assert draws[0].shape == (3, 5, 4)
+    assert torch.equal(*draws)
+    assert fingerprint(loaded.state_dict()) == fingerprint(state)
+    SSVI(model, loaded, svi.optim, Trace_ELBO()).step(X, y)
+
+
 def test_state_dict_without_its_table():
     svi = trained()
     state = svi.guide.state_dict()
@@ -537,6 +564,16 @@ def test_state_dict_of_a_newer_version():
     state["_extra_state"]["version"] = 2
     with pytest.raises(RuntimeError, match="newer pyro_ssvi"):
         svi.guide.load_state_dict(state)
+
+
+def test_older_state_dict_learns_from_its_first_call_what_is_observed():
+    state = trained().guide.state_dict()
+    (observed,) = state["_extra_state"].pop("observed")
+    pyro.clear_param_store()
+    guide = AutoSparseNormal(bnn, density=0.3)
+    guide.load_state_dict(state)
+    guide(X, Y)
+    assert guide.observed == [observed]
 
 
 # The parameter store

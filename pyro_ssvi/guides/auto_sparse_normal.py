@@ -122,8 +122,13 @@ class AutoSparseNormal(AutoGuide):
             self.prototype_trace = None  # or the next call would take the set-up for done
             raise
 
+    def _prototype_hide_fn(self, msg: Any) -> bool:
+        # Neither its plates are this guide's: in Predictive they have other sizes.
+        return AutoGuide._prototype_hide_fn(msg) or msg["name"] in self.observed
+
     def _allocate(self, policy: Policy, args: tuple, kwargs: dict) -> dict[str, float]:
         messenger = ShapesMessenger(self.init_loc_fn)
+        messenger.observed = self.observed
         with leaving_no_trace():
             poutine.block(messenger(self._bare_model[0]))(*args, **kwargs)
         densities = policy.allocate(messenger.shapes)
@@ -208,6 +213,11 @@ class AutoSparseNormal(AutoGuide):
         # A copy's buffer counts its versions anew: nothing made from the old one is its own.
         return {**state, "_made_from": (None, 0)}
 
+    @property
+    def observed(self) -> list[str]:
+        """Names of the sites that have data; a loaded guide knows them where there are none."""
+        return self._init.observed
+
     def _require_setup(self) -> None:
         if not self.sites:
             raise RuntimeError(
@@ -217,10 +227,12 @@ class AutoSparseNormal(AutoGuide):
 
     def get_extra_state(self) -> dict[str, Any]:
         """The table of sites that :meth:`state_dict` carries along."""
-        return table(self.sites)
+        return table(self.sites, self.observed)
 
     def set_extra_state(self, state: Any) -> None:
-        """Nothing: the table is checked, and taken, before any tensor is loaded."""
+        """What is observed; the sites were checked, and taken, before any tensor was loaded."""
+        if self.prototype_trace is None:
+            self._init.observed = list(state.get("observed", ()))  # older files do not tell
 
     def _load_from_state_dict(
         self, state_dict: dict, prefix: str, metadata: Any, strict: bool, *lists: list

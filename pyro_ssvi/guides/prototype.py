@@ -51,9 +51,13 @@ class SparseInitMessenger(InitMessenger):
     def __init__(self, init_loc_fn: Callable, density: Density) -> None:
         super().__init__(init_loc_fn)
         self.density = density
+        #: Sites that have data now, or had data when a loaded guide was saved.
+        self.observed: list[str] = []
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"] or site_is_subsample(msg):
+        if msg["is_observed"] and msg["name"] not in self.observed:
+            self.observed.append(msg["name"])
+        if msg["name"] in self.observed or site_is_subsample(msg):
             return
         density = self._density(msg)
         if density == 1:

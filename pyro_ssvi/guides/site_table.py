@@ -51,10 +51,14 @@ class Site:
         return self.k < math.prod(self.shape)
 
 
-def table(sites: list[Site]) -> dict[str, Any]:
-    """The sites as plain data, all but what only the model knows: plates and transforms."""
+def table(sites: list[Site], observed: list[str]) -> dict[str, Any]:
+    """The sites as plain data, all but what only the model knows: plates and transforms.
+
+    :param observed: names of the sites of the model that are not the guide's.
+    """
     return {
         "version": VERSION,
+        "observed": observed,
         "sites": [
             {
                 "name": site.name,
