@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from pyro_ssvi.diagnostics import uncertainty
 from pyro_ssvi.nn import bayesianize
+from pyro_ssvi.progress import progress
 
 NUM_SAMPLES = 50  # posterior samples of a prediction
 NUM_DATA = 1257  # digits for training
@@ -108,9 +109,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     for density in (1, 0.1, 0.05):
         pyro.set_rng_seed(args.seed)
         svi = make(model, density, args.steps, **OPTIONS)
-        for _ in range(args.steps):
-            batch = torch.randint(len(x), (BATCH,))
-            svi.step(x[batch], y[batch])
+        batches = [(x[i], y[i]) for i in torch.randint(len(x), (args.steps, BATCH))]
+        for _ in progress(svi, batches, desc=f"density {density:g}", leave=False):
+            pass
         guide = svi.guide
         name = "AutoNormal" if density == 1 else f"AutoSparseNormal {density:.0%}"
         active = sum(int((value != 0).sum()) for value in guide.median().values())

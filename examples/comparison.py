@@ -13,6 +13,7 @@ from pyro.infer.autoguide import AutoGuide, AutoNormal
 from torch import Tensor
 
 from pyro_ssvi import SSVI, AutoSparseNormal, CosineSchedule
+from pyro_ssvi.progress import progress
 
 
 def make(
@@ -47,8 +48,8 @@ def fit(
     """The guide after so many steps, each on all data; options are those of :func:`make`."""
     pyro.set_rng_seed(seed)
     svi = make(model, density, steps, **options)
-    for _ in range(steps):
-        svi.step(*data)
+    for _ in progress(svi, [data] * steps, desc=f"density {density:g}", leave=False):
+        pass
     return svi.guide
 
 

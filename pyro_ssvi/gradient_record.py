@@ -92,11 +92,12 @@ class GradientRecord:
 
     A product ``W @ x`` has the gradient ``g @ x.T``: the record keeps the two factors, of the
     size of the layer's activations, and multiplies them out only block by block of rows as an
-    exchange reads them. Gradients add up over uses of a value and over backward passes::
+    exchange reads them. Gradients add up over uses of a value and over backward passes. Values
+    are to be used, and backward passes made, inside::
 
         with GradientRecord() as record:
-            loss.backward()
-        record.block(active, 0, 10)
+            F.linear(x, guide(x, y)["w0"]).square().sum().backward()
+        record.block(guide.active_sets["w0"], 0, 10)
     """
 
     def __init__(self) -> None:

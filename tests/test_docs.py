@@ -1,24 +1,34 @@
 """The code in README and docs runs."""
 
+import ast
 import os
 import re
 import socket
+import textwrap
 from pathlib import Path
 
+import matplotlib
+import matplotlib.pyplot as plt
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
 
 import pyro_ssvi
-from pyro_ssvi import SSVI, AutoSparseNormal, CosineSchedule
+from pyro_ssvi import SSVI, AutoSparseNormal, CosineSchedule, kernels, plot
+from pyro_ssvi.nn import bayesianize
+from pyro_ssvi.progress import progress
+from pyro_ssvi.sparse_tensor import implements
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODULES = sorted((ROOT / "pyro_ssvi").rglob("*.py"))
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+LITERAL = re.compile(r"::\n\n((?:(?: {4,}.*)?\n)+)")  # of a docstring
 
 
 def model(x, y=None):
@@ -50,30 +60,74 @@ def names():
     }
 
 
+@pytest.fixture
+def torchrun(monkeypatch):
+    """What torchrun tells a process that is alone."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = str(server.getsockname()[1])
+    variables = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def as_before():
+    """Those who add rules for sparse values, or choose kernels, do so for themselves only."""
+    rules = dict(pyro_ssvi.sparse_tensor._RULES)
+    yield
+    kernels.use("auto")
+    pyro_ssvi.sparse_tensor._RULES.clear()
+    pyro_ssvi.sparse_tensor._RULES.update(rules)
+
+
+def in_docstrings():
+    """Literal blocks in the package, with the places where they stand."""
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                continue
+            for match in LITERAL.finditer((ast.get_docstring(node) or "") + "\n"):
+                name = f"{path.stem}.{getattr(node, 'name', '')}"
+                yield pytest.param(textwrap.dedent(match[1]), id=name)
+
+
+@pytest.mark.parametrize("code", list(in_docstrings()))
+@pytest.mark.usefixtures("torchrun", "as_before")
+def test_code_in_docstrings_runs(code, tmp_path, monkeypatch):
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    namespace = names()
+    # What the docstring of one function or the other takes for granted, besides.
+    namespace |= vars(pyro_ssvi.diagnostics) | vars(pyro_ssvi.gradient_record)
+    namespace |= {"bayesianize": bayesianize, "implements": implements, "kernels": kernels}
+    namespace |= {"plot": plot, "progress": progress, "torchvision": torchvision}
+    namespace |= {"num_steps": 1000, "train": print, "weights": {"0.weight": torch.randn(20, 784)}}
+    namespace["dense_guide"] = AutoNormal(model)
+    namespace["dense_guide"](namespace["x"], namespace["y"])
+    if "AutoSparseNormal(" in code:
+        pyro.clear_param_store()
+    exec(code, namespace)
+    plt.close("all")
+
+
 @pytest.mark.parametrize(
     "page", [pytest.param(page, id=page.stem) for page in PAGES if BLOCK.search(page.read_text())]
 )
+@pytest.mark.usefixtures("torchrun", "as_before")
 def test_code_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with socket.create_server(("localhost", 0)) as server:
-        port = str(server.getsockname()[1])
-    torchrun = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    for name, value in torchrun.items():
-        monkeypatch.setenv(name, value)
     # A new one for each block, if it makes a guide: there may be one guide in a store.
     namespace = names()
     text = page.read_text()
-    rules = dict(pyro_ssvi.sparse_tensor._RULES)
-    try:
-        for match in BLOCK.finditer(text):
-            code = match[1].replace("100_000", "20").replace("% 1000", "% 10")
-            if "AutoSparseNormal(" in code and "clear_param_store" not in code:
-                pyro.clear_param_store()
-            line = text[: match.start()].count("\n") + 1
-            exec(compile("\n" * line + code, page, "exec"), namespace)
-    finally:
-        pyro_ssvi.sparse_tensor._RULES.clear()
-        pyro_ssvi.sparse_tensor._RULES.update(rules)
+    for match in BLOCK.finditer(text):
+        code = match[1].replace("100_000", "20").replace("% 1000", "% 10")
+        if "AutoSparseNormal(" in code and "clear_param_store" not in code:
+            pyro.clear_param_store()
+        line = text[: match.start()].count("\n") + 1
+        exec(compile("\n" * line + code, page, "exec"), namespace)
 
 
 def test_the_five_lines_of_the_readme():

@@ -422,7 +422,7 @@ class AutoSparseNormal(AutoGuide):
         deviations where the source has any. Call it before the first step::
 
             guide.warm_start(dense_guide, x, y)
-            guide.warm_start({f"net.{key}": weights[key] for key in net.shapes}, x, y)
+            guide.warm_start({"w0": weights["0.weight"]}, x, y)
 
         :param source: an AutoNormal or another guide of the same model, of which locations and
             scales are taken, or medians alone; or values by site name. Sites that it does not
