@@ -15,6 +15,7 @@ from .distributed import DistributedSSVI
 from .distributions import SparseNormal, SubspacePrior
 from .errors import MaterialiseError, NonFiniteWarning, PerformanceWarning
 from .guides import AutoSparseNormal
+from .posterior import load_posterior
 from .predictive import SparsePredictive
 from .schedules import ConstantSchedule, CosineSchedule, LinearSchedule
 from .sparse_tensor import SparseTensor, dense_fallbacks, forbid_materialise
@@ -40,4 +41,5 @@ __all__ = [
     "SubspacePrior",
     "dense_fallbacks",
     "forbid_materialise",
+    "load_posterior",
 ]

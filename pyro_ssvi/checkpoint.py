@@ -1,16 +1,9 @@
-"""Checkpoints: all that training needs to go on, bit for bit, as if it had never stopped.
-
-A file is one line (name, version, checksum), then what ``torch.save`` makes of plain containers,
-numbers, strings and tensors. It is read with ``weights_only=True``: no code in it can run.
-"""
+"""Checkpoints: all that training needs to go on, bit for bit, as if it had never stopped."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import io
 import math
-import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -29,81 +22,26 @@ from torch.distributions.constraints import Constraint
 
 from .gradient_record import GradientRecord
 from .random_state import check_random_state, leaving_no_trace, random_state, set_random_state
+from .safe_file import Format
 
-__all__ = ["VERSION", "parse", "read", "restore", "schedule_state", "state_of", "write"]
+__all__ = [
+    "FILES",
+    "constraint_state",
+    "plain",
+    "read_constraint",
+    "restore",
+    "schedule_state",
+    "state_of",
+]
 
-#: Of files and of :meth:`pyro_ssvi.SSVI.state_dict`; all versions up to this one load.
-VERSION = 1
-_NAME = "pyro_ssvi checkpoint"
+#: Their version is that of :meth:`pyro_ssvi.SSVI.state_dict`, too.
+FILES = Format(
+    "pyro_ssvi checkpoint",
+    1,
+    "a file written by svi.save(). What torch.save(guide.state_dict()) wrote is for "
+    "guide.load_state_dict(torch.load(path))",
+)
 _KEYS = ("guide", "model", "store", "optim", "steps", "schedule", "record", "elbo", "random")
-
-
-# Files
-
-
-def write(path: str | os.PathLike, state: dict[str, Any]) -> None:
-    """Write a state so that ``path`` is at every moment the old file or the new one, whole."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    payload = buffer.getvalue()
-    header = f"{_NAME} {state['version']} sha256 {hashlib.sha256(payload).hexdigest()}\n"
-    path = os.fspath(path)
-    # Always the same name: what a killed process left is overwritten, and does not pile up.
-    aside = path + ".part"
-    with open(aside, "wb") as file:
-        file.write(header.encode())
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    if os.name == "posix":  # the new name has to reach the disk, too
-        directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-
-
-def read(path: str | os.PathLike, map_location: Any = None) -> dict[str, Any]:
-    """The state in a file.
-
-    :param map_location: as for :func:`torch.load`.
-    :raises ValueError: if it is not a whole checkpoint, or one of a newer version.
-    """
-    with open(path, "rb") as file:
-        return parse(file.read(), path, map_location)
-
-
-def parse(content: bytes, path: str | os.PathLike, map_location: Any = None) -> dict[str, Any]:
-    """The state in a file's content; ``path`` is for messages."""
-    file = io.BytesIO(content)
-    header, payload = file.readline(256), file.read()
-    words = header.decode(errors="replace").removeprefix(_NAME).split()
-    if not header.startswith(_NAME.encode()) or not words:
-        raise ValueError(
-            f"{path} is not a pyro_ssvi checkpoint: expected a file written by svi.save(). What "
-            "torch.save(guide.state_dict()) wrote is for guide.load_state_dict(torch.load(path))"
-        )
-    _check_version(words[0], str(path))
-    if words[1:] != ["sha256", hashlib.sha256(payload).hexdigest()]:
-        raise ValueError(
-            f"{path} is not a complete pyro_ssvi checkpoint (checksum differs): use an older one"
-        )
-    try:
-        state = torch.load(io.BytesIO(payload), map_location=map_location, weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    return state
-
-
-def _check_version(version: Any, source: str) -> None:
-    if not str(version).isdecimal():
-        raise ValueError(f"{source} is not a pyro_ssvi checkpoint: its version is {version!r}")
-    if int(version) > VERSION:
-        raise ValueError(
-            f"{source} was saved by a newer pyro_ssvi (checkpoint version {version}, this one "
-            f"reads up to {VERSION}): upgrade pyro_ssvi"
-        )
 
 
 # From memory to plain data
@@ -128,12 +66,12 @@ def state_of(svi: Any) -> dict[str, Any]:
         entries[name] = {
             "module": key if in_module else None,
             "value": None if in_module else value,
-            "constraint": _constraint_state(store._constraints[name]),
+            "constraint": constraint_state(store._constraints[name]),
             # Before the first step it cannot be told whose they are.
             "ours": stepped or not svi.steps,
         }
     state = {
-        "version": VERSION,
+        "version": FILES.version,
         "guide": svi.guide.state_dict() if isinstance(svi.guide, nn.Module) else {},
         "model": svi.model.state_dict(),
         "store": entries,
@@ -162,10 +100,10 @@ def state_of(svi: Any) -> dict[str, Any]:
         },
         "random": random_state(),
     }
-    return _plain(state, "the state")
+    return plain(state, "the state")
 
 
-def _plain(value: Any, where: str) -> Any:
+def plain(value: Any, where: str) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, np.generic):
@@ -173,10 +111,10 @@ def _plain(value: Any, where: str) -> Any:
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, Mapping):
-        items = {key: _plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+        items = {key: plain(item, f"{where}[{key!r}]") for key, item in value.items()}
         return Counter(items) if isinstance(value, Counter) else items
     if type(value) in (list, tuple):
-        return type(value)(_plain(item, f"{where}[{i}]") for i, item in enumerate(value))
+        return type(value)(plain(item, f"{where}[{i}]") for i, item in enumerate(value))
     raise TypeError(
         f"{where} is a {type(value).__name__}: a checkpoint takes numbers, strings, tensors, and "
         "lists, tuples and dicts of them"
@@ -223,7 +161,7 @@ def schedule_state(schedule: Any) -> dict[str, Any]:
     return {"class": type(schedule).__name__, "fields": fields}
 
 
-def _constraint_state(constraint: Any) -> Any:
+def constraint_state(constraint: Any) -> Any:
     """A constraint of torch or Pyro by its class and fields; ``None`` for one of the user's."""
     if not isinstance(constraint, Constraint):
         return constraint
@@ -232,9 +170,7 @@ def _constraint_state(constraint: Any) -> Any:
     fields = {}
     for name, value in vars(constraint).items():
         several = isinstance(value, list | tuple)
-        fields[name] = (
-            [_constraint_state(v) for v in value] if several else _constraint_state(value)
-        )
+        fields[name] = [constraint_state(v) for v in value] if several else constraint_state(value)
     return {"class": type(constraint).__name__, "fields": fields}
 
 
@@ -246,16 +182,16 @@ def _constraint_class(name: str) -> type[Constraint] | None:
     return None
 
 
-def _constraint(state: Any) -> Any:
+def read_constraint(state: Any) -> Any:
     if isinstance(state, list):
-        return [_constraint(item) for item in state]
+        return [read_constraint(item) for item in state]
     if not isinstance(state, dict):
         return state
     found = _constraint_class(state["class"])
     if found is None:
         raise ValueError(f"unknown constraint {state['class']!r}: upgrade torch or pyro-ppl")
     constraint = found.__new__(found)
-    constraint.__dict__.update({k: _constraint(v) for k, v in state["fields"].items()})
+    constraint.__dict__.update({k: read_constraint(v) for k, v in state["fields"].items()})
     return constraint
 
 
@@ -280,7 +216,7 @@ def restore(svi: Any, state: Mapping[str, Any], source: str = "the state") -> No
     missing = [key for key in ("version", *_KEYS) if key not in state]
     if missing:
         raise ValueError(f"{source} is not what SSVI.state_dict() gives: it has no {missing}")
-    _check_version(state["version"], source)
+    FILES.check_version(state["version"], source)
     try:
         staged = _Staged(svi, state)
         was, has = (_described(each) for each in (state["schedule"], schedule_state(svi.schedule)))
@@ -379,7 +315,7 @@ class _Staged:
                 self.copies.append((ours, value))
             else:
                 continue  # of another model, which may have trained it on
-            constraint = store._constraints.get(name, _constraint(entry["constraint"]))
+            constraint = store._constraints.get(name, read_constraint(entry["constraint"]))
             if constraint is None:
                 self.problems.append(
                     f"parameter {name!r} has a constraint of your own: run the model once before "
@@ -431,7 +367,7 @@ class _Staged:
         for entry in self.state["record"]:
             if (entry["guide"], entry["site"]) not in known:
                 self.problems.append(f"it has a gradient of an unknown site {entry['site']!r}")
-            parts = GradientRecord.read_parts(_plain(entry["parts"], "the record"))
+            parts = GradientRecord.read_parts(plain(entry["parts"], "the record"))
             self.record.append((entry["guide"], entry["site"], parts))
         try:
             check_random_state(self.state["random"])

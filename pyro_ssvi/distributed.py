@@ -16,7 +16,7 @@ from pyro import poutine
 from pyro.infer.util import torch_item
 from torch import Tensor
 
-from . import checkpoint
+from . import checkpoint, posterior
 from .active_set import ActiveSet
 from .addition import Gradient
 from .exchange import read_at
@@ -45,7 +45,7 @@ class DistributedSSVI(SSVI):
     same parameters and active sets, those of rank 0 at first; after each exchange it is checked.
 
     All of them call :meth:`step`, :meth:`exchange`, :meth:`save`, :meth:`load`,
-    :meth:`state_dict` and :meth:`load_state_dict` together.
+    :meth:`export`, :meth:`state_dict` and :meth:`load_state_dict` together.
 
     :param process_group: the processes that take part, by default all.
     :param args: as for :class:`~pyro_ssvi.SSVI`, as are ``kwargs``.
@@ -102,7 +102,7 @@ class DistributedSSVI(SSVI):
         :raises OSError: in all processes, if it could not be written.
         """
         state = self.state_dict()
-        self._in_first(lambda: checkpoint.write(path, state))
+        self._in_first(lambda: checkpoint.FILES.write(path, state))
 
     def load(self, path: str | os.PathLike, map_location: Any = None) -> None:
         """Go on from a file, which only rank 0 reads.
@@ -110,7 +110,11 @@ class DistributedSSVI(SSVI):
         :param map_location: as for :func:`torch.load`, of this process.
         """
         content = self._in_first(Path(path).read_bytes)
-        self._restore(checkpoint.parse(content, path, map_location), str(path))
+        self._restore(checkpoint.FILES.parse(content, path, map_location), str(path))
+
+    def export(self, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
+        """As :meth:`pyro_ssvi.SSVI.export`, in rank 0; all processes call it."""
+        self._in_first(lambda: posterior.export(self, path, dtype))
 
     def _restore(self, state: Mapping[str, Any], source: str) -> None:
         ranks = state.get("ranks", [])

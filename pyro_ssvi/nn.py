@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import copy
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import pyro
@@ -121,6 +122,26 @@ class Bayesianized(nn.Module):
                     f"expected {tuple(shape)}"
                 )
         return functional_call(self.module, values, args, kwargs)
+
+    def with_weights(self, values: Mapping[str, Tensor]) -> nn.Module:
+        """A copy of the network with these weights, such as ``guide.median()``: torch's own.
+
+        :param values: a tensor for each sample site, by its name, as those of
+            ``guide.median()``. Others are not looked at.
+        :raises ValueError: if some are not there, or have other shapes.
+        """
+        lacking = [
+            f"{self.name}.{key}"
+            for key, shape in self.shapes.items()
+            if getattr(values.get(f"{self.name}.{key}"), "shape", None) != shape
+        ]
+        if lacking:
+            raise ValueError(f"expected tensors of the parameters' shapes for {lacking}")
+        module = copy.deepcopy(self.module)
+        parameters = dict(module.named_parameters())
+        for key in self.shapes:
+            parameters[key].data = values[f"{self.name}.{key}"].detach().clone()
+        return module
 
 
 def _independent(base: dist.TorchDistribution) -> Prior:

@@ -29,7 +29,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from . import checkpoint
+from . import checkpoint, posterior
 from .active_set import ActiveSet
 from .addition import Addition, Gradient, addition_criterion
 from .criteria import removal_criterion
@@ -317,7 +317,7 @@ class SSVI(SVI):
 
     def save(self, path: str | os.PathLike) -> None:
         """Write :meth:`state_dict` to a file, which is at every moment the old or the new one."""
-        checkpoint.write(path, self.state_dict())
+        checkpoint.FILES.write(path, self.state_dict())
 
     def load(self, path: str | os.PathLike, map_location: Any = None) -> None:
         """Go on from a file that :meth:`save` wrote. No code in it can run.
@@ -325,7 +325,20 @@ class SSVI(SVI):
         :param map_location: as for :func:`torch.load`.
         :raises ValueError: as :meth:`load_state_dict`, and for a file that is damaged.
         """
-        checkpoint.restore(self, checkpoint.read(path, map_location), source=str(path))
+        checkpoint.restore(self, checkpoint.FILES.read(path, map_location), source=str(path))
+
+    def export(self, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
+        """Write the posterior alone, for :func:`~pyro_ssvi.load_posterior`: for predictions.
+
+        The file has indices, locations and scales, and the model's own parameters; nothing of
+        the optimizer.
+
+        :param dtype: of locations and scales in the file, such as ``torch.bfloat16``; by default
+            their own.
+        :raises ValueError: if there is another guide than one AutoSparseNormal, or ``dtype``
+            cannot hold the numbers of a site.
+        """
+        posterior.export(self, path, dtype)
 
     @contextmanager
     def _handlers(self, weight: float, local_reparam: bool) -> Iterator[None]:

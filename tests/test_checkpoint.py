@@ -109,7 +109,7 @@ def test_killed_at_random_moments(tmp_path):
             os.kill(process, signal.SIGKILL)
             assert int(server.stdout.readline()) == -signal.SIGKILL
             if path.exists():
-                seen.append(checkpoint.read(path)["steps"])
+                seen.append(checkpoint.FILES.read(path)["steps"])
         server.stdin.close()
     assert seen == sorted(seen)
     assert len(set(seen)) > 5
@@ -117,7 +117,7 @@ def test_killed_at_random_moments(tmp_path):
     with fresh("Adam", seed=1):
         svi = make()
         train(svi, seen[-1])
-        assert fingerprint(svi.state_dict()) == fingerprint(checkpoint.read(path))
+        assert fingerprint(svi.state_dict()) == fingerprint(checkpoint.FILES.read(path))
 
 
 # Files
@@ -227,7 +227,7 @@ def test_a_failed_save_leaves_the_old_file(path, monkeypatch, broken):
     assert path.read_bytes() == content
     svi.save(path)
     assert os.listdir(path.parent) == [path.name]
-    assert checkpoint.read(path)["steps"] == 8
+    assert checkpoint.FILES.read(path)["steps"] == 8
 
 
 def test_content_is_on_disk_before_the_name_changes(path, monkeypatch):
@@ -355,8 +355,8 @@ def test_shape_of_a_parameter(path):
 def test_stale_parameter_store(path, local):
     if local:
         pyro.clear_param_store()
-        state = {**checkpoint.read(path), "store": {}, "optim": {}}
-        checkpoint.write(path, state)
+        state = {**checkpoint.FILES.read(path), "store": {}, "optim": {}}
+        checkpoint.FILES.write(path, state)
     trained()
     svi = make()  # and its guide would find the other guide's values in the store
     before = fingerprint(dict(pyro.get_param_store().items()))

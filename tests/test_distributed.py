@@ -12,7 +12,7 @@ from pyro.infer.util import zero_grads
 from training_on_ranks import SETTINGS, batch_of
 from training_to_resume import X, Y, make
 
-from pyro_ssvi import ActiveSet, ConstantSchedule
+from pyro_ssvi import ActiveSet, ConstantSchedule, load_posterior
 from pyro_ssvi.addition import Gradient
 from pyro_ssvi.distributed import DistributedSSVI
 from pyro_ssvi.exchange import read_at, smallest, swap
@@ -173,6 +173,16 @@ def test_resumed_by_another_number_of_processes(processes, tmp_path, world_size)
     assert len(resumed[0]["seen"]) == 4
     assert len({end["random"] for end in resumed}) == world_size
     assert saved[1]["random"] not in [end["random"] for end in resumed]
+
+
+def test_exported_by_rank_0(processes, tmp_path):
+    results(processes("save", 2, tmp_path))
+    svi = make()
+    svi.load(tmp_path / "a.ckpt")
+    loc = svi.guide.loc
+    pyro.clear_param_store()
+    guide = load_posterior(tmp_path / "a.posterior", svi.model.model)
+    assert torch.equal(guide.loc, loc)
 
 
 def test_plain_ssvi_goes_on(processes, tmp_path):

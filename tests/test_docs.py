@@ -107,7 +107,8 @@ def test_code_in_docstrings_runs(code, tmp_path, monkeypatch):
     namespace |= {"num_steps": 1000, "train": print, "weights": {"0.weight": torch.randn(20, 784)}}
     namespace["dense_guide"] = AutoNormal(model)
     namespace["dense_guide"](namespace["x"], namespace["y"])
-    if "AutoSparseNormal(" in code:
+    namespace["svi"].export("net.posterior")
+    if "AutoSparseNormal(" in code or "load_posterior(" in code:
         pyro.clear_param_store()
     exec(code, namespace)
     plt.close("all")

@@ -24,6 +24,7 @@ from training_to_resume import Net, X, Y, bnn, fingerprint, guide_list, make, re
 from pyro_ssvi import ConstantSchedule, checkpoint
 from pyro_ssvi.addition import Gradient
 from pyro_ssvi.distributed import DistributedSSVI
+from pyro_ssvi.safe_file import Format
 
 SEED = 7
 STEPS = 10
@@ -134,6 +135,7 @@ def save(rank, folder):
     svi = make_distributed()
     train(svi, 6)
     svi.save(folder / "a.ckpt")
+    svi.export(folder / "a.posterior")
     return {"seen": train(svi), "random": fingerprint(torch.rand(3))}
 
 
@@ -265,12 +267,13 @@ def cannot_save(rank, folder):
 def cannot_write(rank, folder):
     """What torch raises if the disk is full."""
 
-    def write(path, state):
-        raise RuntimeError("write failed")
+    class Full(Format):
+        def write(self, path, state):
+            raise RuntimeError("write failed")
 
     svi = make_distributed()
     train(svi, 2)
-    checkpoint.write = write
+    checkpoint.FILES = Full("checkpoint", 1, "another")
     svi.save(folder / "a.ckpt")
 
 

@@ -1,0 +1,125 @@
+"""A posterior for use: what predictions need of a training, in a small file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+from torch.distributions import transform_to
+
+from .checkpoint import constraint_state, plain, read_constraint
+from .guides import AutoSparseNormal
+from .safe_file import Format
+
+if TYPE_CHECKING:
+    from .svi import SSVI
+
+__all__ = ["FILES", "export", "load_posterior"]
+
+FILES = Format(
+    "pyro_ssvi posterior",
+    1,
+    "a file written by svi.export(). One written by svi.save() is for svi.load()",
+)
+
+
+def export(svi: SSVI, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
+    """Write the posterior that :func:`load_posterior` reads; :meth:`pyro_ssvi.SSVI.export`.
+
+    :param dtype: of locations and scales in the file, such as ``torch.bfloat16``; by default
+        their own.
+    :raises ValueError: if there is another guide than one AutoSparseNormal, or ``dtype`` cannot
+        hold the numbers of a site.
+    """
+    guide, model = svi.guide, svi.model.model
+    if not isinstance(guide, AutoSparseNormal):
+        raise ValueError(
+            f"export() writes the posterior of one AutoSparseNormal, got {type(guide).__name__}: "
+            "use svi.save()"
+        )
+    with torch.no_grad():
+        loc, scale = (each.to(dtype or each.dtype) for each in guide.flat_parameters())
+    _refuse_lost(guide, loc, scale)
+    numel = max((site.shape.numel() for site in guide.sites), default=0)
+    state = {
+        "version": FILES.version,
+        "sites": guide.get_extra_state(),
+        "dtype": str(guide.loc.dtype).removeprefix("torch."),
+        "loc": loc,
+        "scale": scale,
+        "indices": guide.indices.to(torch.int32 if numel < 2**31 else torch.int64),
+        "model": model.state_dict() if isinstance(model, nn.Module) else {},
+        "store": _other_parameters(svi),
+    }
+    FILES.write(path, plain(state, "the posterior"))
+
+
+def _refuse_lost(guide: AutoSparseNormal, loc: Tensor, scale: Tensor) -> None:
+    ok = loc.isfinite() & scale.isfinite() & (scale > 0)
+    if not ok.all():
+        lost = [
+            site.name
+            for site, (kept,) in zip(guide.sites, guide.split(ok), strict=True)
+            if not kept.all()
+        ]
+        raise ValueError(
+            f"{loc.dtype} cannot hold the locations or scales of sites {lost}: use "
+            "torch.bfloat16, which has the range of float32, or no dtype"
+        )
+
+
+def _other_parameters(svi: SSVI) -> dict[str, Any]:
+    """What the model's own ``pyro.param`` statements hold, of those that were trained."""
+    own = {*svi.guide.parameters(), *svi.model.parameters()}
+    store = pyro.get_param_store()
+    return {
+        name: {"value": value, "constraint": constraint_state(store._constraints[name])}
+        for name, value in store.named_parameters()
+        if value in svi.optim.optim_objs and value not in own
+    }
+
+
+def load_posterior(
+    path: str | os.PathLike, model: Callable, map_location: Any = None
+) -> AutoSparseNormal:
+    """A guide with the posterior in a file that :meth:`pyro_ssvi.SSVI.export` wrote::
+
+        guide = load_posterior("net.posterior", model)
+        SparsePredictive(model, guide, num_samples=16)(x)
+
+    Parameters and buffers of the model, such as those of normalisation layers, are loaded into
+    it, and those of its ``pyro.param`` statements into the parameter store. No code in the file
+    can run.
+
+    :param model: the model that the posterior is of.
+    :param map_location: as for :func:`torch.load`.
+    :raises ValueError: for a file that is damaged or of another kind; at the guide's first call,
+        for one of another model.
+    :raises RuntimeError: if the model has other parameters or buffers than those saved.
+    """
+    state = FILES.read(path, map_location)
+    rows = state["sites"]["sites"]
+    sizes = {row["name"]: torch.Size(row["shape"]).numel() for row in rows}
+    densities = {row["name"]: row["k"] / sizes[row["name"]] for row in rows}
+    guide = AutoSparseNormal(model, density=densities)
+    dtype = getattr(torch, state["dtype"])
+    to_scale = transform_to(guide.scale_constraint)
+    values = {
+        "loc_unconstrained": state["loc"].to(dtype),
+        "scale_unconstrained": to_scale.inv(state["scale"].to(dtype)),
+        "indices": state["indices"].to(torch.int64),
+    }
+    guide.load_state_dict({**values, "_extra_state": state["sites"]})
+    if isinstance(model, nn.Module):
+        model.load_state_dict(state["model"])
+    store = pyro.get_param_store()
+    for name, entry in state["store"].items():
+        if name in store:
+            del store[name]
+        where = read_constraint(entry["constraint"])
+        store.setdefault(name, transform_to(where)(entry["value"]), where)
+    return guide

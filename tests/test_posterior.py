@@ -1,0 +1,228 @@
+import io
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import torch.nn.functional as F
+from pyro.infer import Predictive, Trace_ELBO
+from pyro.infer.autoguide import AutoGuideList, AutoNormal
+from torch import nn
+from training_to_resume import X, Y, make
+
+from pyro_ssvi import SSVI, AutoSparseNormal, SparsePredictive, load_posterior
+from pyro_ssvi.nn import bayesianize
+from pyro_ssvi.posterior import FILES
+
+
+def model(x, y=None):
+    """Sparse, dense and constrained sites, and a parameter."""
+    bias = pyro.param("bias", torch.tensor(0.5), constraint=dist.constraints.positive)
+    w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([10, 12]).to_event(2))
+    v = pyro.sample("v", dist.Normal(0.0, 1.0).expand([10]).to_event(1))
+    sigma = pyro.sample("sigma", dist.LogNormal(0.0, 1.0))
+    mean = F.linear(x, w).tanh() @ v + bias
+    with pyro.plate("data", len(x)):
+        return pyro.sample("obs", dist.Normal(mean, sigma), obs=y)
+
+
+def trained(model=model, steps=30, **options):
+    pyro.set_rng_seed(0)
+    pyro.clear_param_store()
+    svi = make(model, **options)
+    for _ in range(steps):
+        svi.step(X, Y)
+    return svi
+
+
+def draws(model, guide):
+    pyro.set_rng_seed(1)
+    return SparsePredictive(model, guide, num_samples=5)(X)["obs"]
+
+
+def test_predicts_as_the_guide_that_was_exported(tmp_path):
+    svi = trained()
+    expected, random = draws(model, svi.guide), torch.get_rng_state()
+    bias = pyro.param("bias").detach()
+    svi.export(tmp_path / "a.posterior")
+    assert torch.equal(torch.get_rng_state(), random)
+    assert bias != 0.5
+    assert svi.guide.active_sets["w"].density == 0.3
+
+    pyro.clear_param_store()
+    guide = load_posterior(tmp_path / "a.posterior", model)
+    torch.testing.assert_close(draws(model, guide), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(pyro.param("bias"), bias)
+    own = svi.guide.active_sets
+    assert all(torch.equal(a.indices, own[n].indices) for n, a in guide.active_sets.items())
+    again = Predictive(model, guide=guide, num_samples=3)(X[:4])["obs"]
+    assert again.shape == (3, 4)
+
+
+def test_it_can_be_trained_further(tmp_path):
+    svi = trained()
+    svi.export(tmp_path / "a.posterior")
+    pyro.clear_param_store()
+    guide = load_posterior(tmp_path / "a.posterior", model)
+    loc = guide.loc.detach().clone()
+    SSVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(X, Y)
+    assert not torch.equal(guide.loc, loc)
+
+
+def make_net():
+    layers = nn.Linear(12, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, 1)
+    return bayesianize(nn.Sequential(*layers), prior=0.5)
+
+
+class Regression(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = make_net()
+
+    def forward(self, x, y=None):
+        mean = self.net(x).squeeze(-1)
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", dist.Normal(mean, 0.5), obs=y)
+
+
+def test_a_module_gets_its_parameters_and_running_statistics(tmp_path):
+    regression = Regression()
+    svi = trained(regression)
+    svi.export(tmp_path / "a.posterior")
+    regression.eval()
+    expected = draws(regression, svi.guide)
+
+    pyro.clear_param_store()
+    fresh = Regression()
+    guide = load_posterior(tmp_path / "a.posterior", fresh)
+    fresh.eval()
+    torch.testing.assert_close(draws(fresh, guide), expected, rtol=1e-4, atol=1e-5)
+
+
+def wide(x, y=None):
+    w1 = pyro.sample("w1", dist.Normal(0.0, 1.0).expand([300, 12]).to_event(2))
+    w2 = pyro.sample("w2", dist.Normal(0.0, 1.0).expand([300, 300]).to_event(2))
+    mean = F.linear(F.linear(x, w1).relu(), w2).mean(-1)
+    with pyro.plate("data", len(x)):
+        return pyro.sample("obs", dist.Normal(mean, 1.0), obs=y)
+
+
+@pytest.mark.parametrize(("dtype", "times"), [(None, 12), (torch.bfloat16, 18)])
+def test_size(tmp_path, dtype, times):
+    svi = trained(wide, steps=1, density=0.05)
+    svi.export(tmp_path / "sparse", dtype)
+    pyro.clear_param_store()
+    dense = AutoNormal(wide)
+    dense(X, Y)
+    torch.save(dense.state_dict(), tmp_path / "dense")
+    sizes = [(tmp_path / name).stat().st_size for name in ("dense", "sparse")]
+    assert sizes[0] >= times * sizes[1]
+
+
+def test_in_less_precision(tmp_path):
+    svi = trained()
+    svi.export(tmp_path / "a.posterior", dtype=torch.bfloat16)
+    loc, scale = svi.guide.loc.detach(), svi.guide.scale.detach()
+    pyro.clear_param_store()
+    guide = load_posterior(tmp_path / "a.posterior", model)
+    assert guide.loc.dtype == torch.float32
+    torch.testing.assert_close(guide.loc.detach(), loc, rtol=2**-8, atol=0)
+    torch.testing.assert_close(guide.scale.detach(), scale, rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("name", ["loc", "scale"])
+def test_numbers_that_a_dtype_cannot_hold(tmp_path, name):
+    svi = trained()
+    with torch.no_grad():
+        if name == "loc":
+            svi.guide.loc_unconstrained[0] = 1e6
+        else:
+            svi.guide.scale_unconstrained[0] = -30.0
+    with pytest.raises(ValueError, match=r"float16 cannot hold .* of sites \['w'\]"):
+        svi.export(tmp_path / "a.posterior", dtype=torch.float16)
+    assert not (tmp_path / "a.posterior").exists()
+    svi.export(tmp_path / "a.posterior", dtype=torch.bfloat16)
+
+
+def test_another_guide(tmp_path):
+    guide = AutoGuideList(model)
+    guide.append(AutoSparseNormal(pyro.poutine.block(model, expose=["w"])))
+    guide.append(AutoNormal(pyro.poutine.block(model, hide=["w"])))
+    svi = trained(guide=guide)
+    with pytest.raises(ValueError, match="one AutoSparseNormal, got AutoGuideList"):
+        svi.export(tmp_path / "a.posterior")
+
+
+def test_a_guide_that_has_not_seen_data(tmp_path):
+    with pytest.raises(RuntimeError, match="before it has seen data"):
+        trained(steps=0).export(tmp_path / "a.posterior")
+
+
+def test_a_checkpoint_is_none(tmp_path):
+    trained().save(tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"is not a pyro_ssvi posterior: .* is for svi.load\(\)"):
+        load_posterior(tmp_path / "a.ckpt", model)
+
+
+def test_a_damaged_file(tmp_path):
+    path = tmp_path / "a.posterior"
+    trained().export(path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="checksum differs"):
+        load_posterior(path, model)
+
+
+def test_no_code_runs(tmp_path):
+    class Code:
+        def __reduce__(self):
+            return print, ("run",)
+
+    FILES.write(tmp_path / "a.posterior", {"version": 1, "code": Code()})
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_posterior(tmp_path / "a.posterior", model)
+
+
+def test_another_model(tmp_path):
+    trained().export(tmp_path / "a.posterior")
+    pyro.clear_param_store()
+
+    def other(x, y=None):
+        pyro.sample("w", dist.Normal(0.0, 1.0).expand([10, 13]).to_event(2))
+        pyro.sample("v", dist.Normal(0.0, 1.0).expand([10]).to_event(1))
+        pyro.sample("sigma", dist.LogNormal(0.0, 1.0))
+
+    with pytest.raises(
+        ValueError, match=r"another model: site 'w': saved with 36 active of \(10, 12"
+    ):
+        load_posterior(tmp_path / "a.posterior", other)(X)
+
+
+# A plain network
+
+
+def test_a_network_with_mean_weights():
+    regression = Regression()
+    svi = trained(regression)
+    regression.eval()
+    median = svi.guide.median()
+    plain = regression.net.with_weights(median)
+    expected = pyro.poutine.condition(regression.net, median)(X)
+    assert torch.equal(plain(X), expected)
+    assert isinstance(plain, nn.Sequential)
+    assert plain[0].weight.count_nonzero() == len(svi.guide.active_sets["net.0.weight"])
+
+    buffer = io.BytesIO()
+    torch.save(plain.state_dict(), buffer)
+    fresh = nn.Sequential(nn.Linear(12, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, 1))
+    fresh.load_state_dict(torch.load(io.BytesIO(buffer.getvalue()), weights_only=True))
+    assert torch.equal(fresh.eval()(X), expected)
+    exported = torch.export.export(plain, (X,)).module()
+    torch.testing.assert_close(exported(X), expected)
+
+
+def test_weights_that_do_not_fit():
+    net = make_net()
+    with pytest.raises(ValueError, match=r"shapes for \['net.0.weight', 'net.0.bias', 'net.3.wei"):
+        net.with_weights({"net.3.bias": torch.zeros(1)})
