@@ -12,19 +12,21 @@ import argparse
 import multiprocessing
 import resource
 import statistics
+import tempfile
 import time
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from contenders import PRIOR_SCALE, perceptron
-from pyro.infer import Predictive
+from pyro.infer import Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal, init_to_sample
 from torch import Tensor
 
-from pyro_ssvi import AutoSparseNormal, SparsePredictive
+from pyro_ssvi import SSVI, AutoSparseNormal, SparsePredictive
 from pyro_ssvi.nn import bayesianize
 
 
@@ -51,12 +53,23 @@ def serve(pipe: Connection, density: float | None, args: argparse.Namespace) -> 
         predictive = SparsePredictive(model, guide, args.samples, ["obs"])
     with torch.no_grad():
         guide(x, y)
+        pipe.send(file_bytes(model, guide))
         before = peak()
-        pipe.send(None)
         while pipe.recv():
             start = time.perf_counter()
             predictive(x)
             pipe.send((time.perf_counter() - start, peak() - before))
+
+
+def file_bytes(model: Any, guide: Any) -> int:
+    """Size of the file that predictions need."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "posterior"
+        if isinstance(guide, AutoNormal):
+            torch.save(guide.state_dict(), path)
+        else:
+            SSVI(model, guide, pyro.optim.Adam({}), Trace_ELBO()).export(path)
+        return path.stat().st_size
 
 
 def peak() -> int:
@@ -74,11 +87,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     context = multiprocessing.get_context("spawn")
     names = ["Predictive, AutoNormal", *(f"SparsePredictive {100 * d:g}%" for d in args.density)]
-    pipes = []
+    pipes, sizes = [], []
     for density in (None, *args.density):
         ours, theirs = context.Pipe()
         context.Process(target=serve, args=(theirs, density, args), daemon=True).start()
-        ours.recv()
+        sizes.append(ours.recv())
         pipes.append(ours)
     times: list[list[float]] = [[] for _ in pipes]
     memory = [0] * len(pipes)
@@ -94,13 +107,16 @@ def main(argv: list[str] | None = None) -> None:
         f"784-{args.hidden}-{args.hidden}-10, batch {args.batch_size}, {args.samples} samples, "
         f"{torch.get_num_threads()} threads, {args.rounds} rounds\n"
     )
-    print(f"{'':24}{'ms':>8}{'min .. max':>16}{'times faster':>14}{'peak MB above set-up':>22}")
-    for name, each, grown in zip(names, times, memory, strict=True):
+    print(
+        f"{'':24}{'ms':>8}{'min .. max':>16}{'times faster':>14}{'peak MB above set-up':>22}"
+        f"{'file MB':>10}{'smaller':>9}"
+    )
+    for name, each, grown, size in zip(names, times, memory, sizes, strict=True):
         ratio = statistics.median(a / b for a, b in zip(times[0], each, strict=True))
         span = f"{1e3 * min(each):.0f} .. {1e3 * max(each):.0f}"
         print(
             f"{name:24}{1e3 * statistics.median(each):8.0f}{span:>16}{ratio:13.1f}x"
-            f"{grown / 2**20:22.1f}"
+            f"{grown / 2**20:22.1f}{size / 1e6:10.2f}{sizes[0] / size:8.1f}x"
         )
 
 
