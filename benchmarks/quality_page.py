@@ -93,11 +93,20 @@ def quality(groups: Sequence[tuple[Setting, list[dict[str, Any]]]], label: Calla
 
 
 def with_epochs(setting: Setting) -> str:
-    return f"{name(setting)}, {setting.epochs} epochs"
+    weight = f", KL weight {setting.kl_weight:g}"
+    named = name(setting)
+    return f"{named}, {setting.epochs} epochs" + (weight if setting.kl_weight != 0.1 else "")
 
 
 def with_net(setting: Setting) -> str:
-    return f"784-{setting.net}-10, {name(setting)}"
+    epochs = f", {setting.epochs} epochs" if setting.epochs != SPARSE.epochs else ""
+    return f"784-{setting.net}-10, {name(setting)}{epochs}"
+
+
+def as_called(setting: Setting) -> str:
+    return f"{name(setting)}, " + (
+        "all by default" if setting.addition == "gradient" else 'addition="sampled_gradient"'
+    )
 
 
 def difference(setting: Setting) -> str:
@@ -219,6 +228,7 @@ def tables(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
         "longer": quality(longer, with_epochs),
         "steps": steps(results),
         "wider": part("wider", with_net),
+        "defaults": part("defaults", as_called),
         "lenet": lenet,
         "without_posterior": part("without_posterior", name),
         "criteria": part("criteria", difference),

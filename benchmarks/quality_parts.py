@@ -17,7 +17,9 @@ SPARSE = Setting()
 DENSE = Setting(method="autonormal", density=1.0, lr=1e-3, addition="gradient", share=0.0)
 DENSE_LOCAL = Setting(density=1.0, lr=1e-3, local=True, addition="gradient", share=0.0)
 # In no more time than AutoNormal takes for its ten epochs.
-LONGER = replace(SPARSE, epochs=30, local=True, kl_weight=0.15)
+LONGER = replace(SPARSE, epochs=45, kl_weight=0.2, every=400)
+# Fewer active weights than the dense net of 400 units has, in no more time.
+WIDER = replace(SPARSE, net="1600-1600", density=0.1, epochs=13, lr=1e-3, every=200)
 NET = Setting(method="deterministic", density=1.0, lr=1e-3, addition="gradient", share=0.0)
 
 
@@ -39,15 +41,24 @@ def densities() -> list[Setting]:
 
 
 def wider() -> list[Setting]:
-    """Wider and sparser: about as many active weights in nets of 0.5, 1.3 and 3.8 million."""
+    """Wider and sparser: about as many active weights in nets of 0.5, 1.3 and 3.8 million; and
+    nearly as many as the dense net has."""
     return seeds(
         [
+            DENSE,
             *(
                 replace(SPARSE, net=net, density=d)
                 for net, d in (("400-400", 0.2), ("800-800", 0.075), ("1600-1600", 0.025))
             ),
+            WIDER,
         ]
     )
+
+
+def defaults() -> list[Setting]:
+    """What a user has who sets only a density, and with another addition."""
+    at = replace(SPARSE, policy="uniform", init_loc="feasible")
+    return seeds([replace(at, addition="gradient"), at])
 
 
 def criteria() -> list[Setting]:
@@ -115,7 +126,10 @@ def lenet() -> list[Setting]:
     return seeds(
         [
             replace(NET, net="lenet"),
-            replace(SPARSE, net="lenet", density=0.1, epochs=20),
+            *(
+                replace(SPARSE, net="lenet", density=0.1, epochs=20, kl_weight=weight)
+                for weight in (0.1, 0.2)
+            ),
         ]
     )
 
@@ -140,6 +154,7 @@ def steps() -> list[Setting]:
         *(replace(LONGER, density=d) for d in (0.1, 0.05)),
         replace(SPARSE, net="800-800", density=0.075),
         replace(SPARSE, net="1600-1600", density=0.025),
+        WIDER,
     ]
 
 
@@ -147,6 +162,7 @@ _PARTS: tuple[Callable[[], list[Setting]], ...] = (
     densities,
     lenet,
     wider,
+    defaults,
     without_posterior,
     criteria,
     agreement,

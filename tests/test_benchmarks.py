@@ -126,7 +126,7 @@ def quality(tmp_path, monkeypatch):
             if setting.seed < 2
         ][:keep]
         for (part, settings), keep in zip(
-            quality_parts.PARTS.items(), (9, 0, 1, 2, 2, 1, 2, 0, 2), strict=True
+            quality_parts.PARTS.items(), (9, 0, 2, 1, 2, 2, 1, 2, 0, 2), strict=True
         )
     }
     for module in (quality, sys.modules["quality_page"]):
@@ -150,7 +150,7 @@ def test_quality_study_is_resumable_and_fills_its_page(quality, tmp_path, capsys
     arguments = ["--data-dir", str(tmp_path), "--results", str(path)]
     page = tmp_path / "quality.md"
     names = ("densities", "longer", "steps", "wider", "lenet", "without_posterior", "criteria")
-    names += ("exchanges", "agreement", "robustness", "elsewhere")
+    names += ("exchanges", "agreement", "robustness", "elsewhere", "defaults")
     marks = "".join(f"<!-- table: {name} -->\n<!-- end -->\n\n" for name in names)
     page.write_text(f"Before.\n\n{marks}After.\n")
     with pytest.MonkeyPatch.context() as patch:
