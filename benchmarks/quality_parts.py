@@ -151,7 +151,6 @@ def steps() -> list[Setting]:
         DENSE_LOCAL,
         NET,
         *(replace(SPARSE, density=d) for d in (0.2, 0.1, 0.05, 0.02, 0.01)),
-        *(replace(LONGER, density=d) for d in (0.1, 0.05)),
         replace(SPARSE, net="800-800", density=0.075),
         replace(SPARSE, net="1600-1600", density=0.025),
         WIDER,
