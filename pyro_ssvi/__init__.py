@@ -12,9 +12,14 @@ An ordinary Pyro program, with two names swapped::
 from . import rules as _rules  # noqa: F401  (fills the table of sparse operations)
 from .active_set import ActiveSet
 from .distributed import DistributedSSVI
-from .distributions import SparseNormal, SubspacePrior
+from .distributions import SparseDelta, SparseNormal, SubspacePrior
 from .errors import MaterialiseError, NonFiniteWarning, PerformanceWarning
-from .guides import AutoSparseNormal
+from .guides import (
+    AutoSparseDelta,
+    AutoSparseGuide,
+    AutoSparseLowRankMultivariateNormal,
+    AutoSparseNormal,
+)
 from .posterior import load_posterior
 from .predictive import SparsePredictive
 from .schedules import ConstantSchedule, CosineSchedule, LinearSchedule
@@ -26,6 +31,9 @@ __version__ = "0.1.0"
 __all__ = [
     "SSVI",
     "ActiveSet",
+    "AutoSparseDelta",
+    "AutoSparseGuide",
+    "AutoSparseLowRankMultivariateNormal",
     "AutoSparseNormal",
     "ConstantSchedule",
     "CosineSchedule",
@@ -34,6 +42,7 @@ __all__ = [
     "MaterialiseError",
     "NonFiniteWarning",
     "PerformanceWarning",
+    "SparseDelta",
     "SparseNormal",
     "SparsePredictive",
     "SparseTensor",

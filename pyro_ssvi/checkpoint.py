@@ -266,7 +266,7 @@ class _Staged:
                 self.problems.append(f"guide: {error}")
                 continue
             if self.sites[prefix] and not guide.sites:
-                for name in ("loc_unconstrained", "scale_unconstrained"):
+                for name in guide.raw_names:
                     new = nn.Parameter(saved[prefix + name].clone())
                     self.parameters[f"guide.{prefix}{name}"] = new
 
@@ -379,12 +379,9 @@ class _Staged:
         svi, state = self.svi, self.state
         for prefix, guide in _sparse_guides(svi):
             if self.sites[prefix] and not guide.sites:
-                loc, raw = (
-                    self.parameters[f"guide.{prefix}{name}"]
-                    for name in ("loc_unconstrained", "scale_unconstrained")
-                )
+                raw = [self.parameters[f"guide.{prefix}{name}"] for name in guide.raw_names]
                 indices = state["guide"][prefix + "indices"].clone()
-                guide.take_sites(self.sites[prefix], loc, raw, indices)
+                guide.take_sites(self.sites[prefix], raw, indices)
         for kind, module in (("guide", svi.guide), ("model", svi.model)):
             if isinstance(module, nn.Module):
                 module.load_state_dict(state[kind])

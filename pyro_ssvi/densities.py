@@ -26,7 +26,7 @@ def check_density(density: object, site: str | None = None) -> float:
 
 @runtime_checkable
 class Policy(Protocol):
-    """What ``AutoSparseNormal(model, density=...)`` takes for a policy."""
+    """What a sparse guide's ``density=`` takes for a policy."""
 
     def allocate(self, shapes: Mapping[str, torch.Size]) -> dict[str, float]:
         """The density of each site.

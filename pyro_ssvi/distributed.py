@@ -21,7 +21,7 @@ from .active_set import ActiveSet
 from .addition import Gradient
 from .exchange import read_at
 from .gradient_record import GradientRecord
-from .guides import AutoSparseNormal
+from .guides import AutoSparseGuide
 from .random_state import leaving_no_trace
 from .svi import SSVI
 
@@ -211,7 +211,7 @@ class DistributedSSVI(SSVI):
         for param, part in zip(params, flat.split([p.numel() for p in params]), strict=True):
             param.grad = part.view_as(param)
 
-    def _plan(self, guide: AutoSparseNormal, share: float, record: GradientRecord) -> dict:
+    def _plan(self, guide: AutoSparseGuide, share: float, record: GradientRecord) -> dict:
         if self.world_size == 1:
             return super()._plan(guide, share, record)
         active_sets = guide.active_sets.values()

@@ -19,10 +19,104 @@ from torch.distributions.utils import lazy_property
 from .active_set import ActiveSet
 from .sparse_tensor import SparseTensor, dense_fallbacks
 
-__all__ = ["SparseNormal", "SubspaceMessenger", "SubspacePrior", "elementwise_base"]
+__all__ = [
+    "SparseDelta",
+    "SparseNormal",
+    "SubspaceMessenger",
+    "SubspacePrior",
+    "TransformedDelta",
+    "elementwise_base",
+]
 
 
-class SparseNormal(TorchDistribution):
+class _SparseDistribution(TorchDistribution):
+    """Independent numbers at the active coordinates, and exactly 0 at all others.
+
+    :param active: the active set, for values of ``active.shape``.
+    :param event_dim: how many dimensions of ``active.shape`` form one event (default: all);
+        the others are batch dimensions.
+    :param parameters: ``[*extra, K]`` each, by name.
+    """
+
+    has_rsample = True
+
+    def __init__(
+        self,
+        active: ActiveSet,
+        event_dim: int | None,
+        validate_args: bool | None,
+        **parameters: Tensor,
+    ) -> None:
+        name = type(self).__name__
+        site_dims = len(active.shape)
+        event_dim = site_dims if event_dim is None else event_dim
+        shapes = [tuple(value.shape) for value in parameters.values()]
+        if len(set(shapes)) > 1 or shapes[0][-1:] != (len(active),):
+            raise ValueError(
+                f"{name} expects {' and '.join(parameters)} [*extra, {len(active)}] for {active}, "
+                f"got {' and '.join(map(str, shapes))}"
+            )
+        if not 0 <= event_dim <= site_dims:
+            raise ValueError(f"{name} expects 0 <= event_dim <= {site_dims}, got {event_dim}")
+        self.__dict__.update(parameters)
+        self.active = active
+        self._names = tuple(parameters)
+        self._batch_dims = site_dims - event_dim
+        super().__init__(
+            torch.Size(shapes[0][:-1]) + active.shape[: self._batch_dims],
+            active.shape[self._batch_dims :],
+            validate_args=validate_args,
+        )
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        batch_shape = torch.Size(batch_shape)
+        own = self.active.shape[: self._batch_dims]
+        extra = batch_shape[: len(batch_shape) - len(own)]
+        if batch_shape[len(extra) :] != own:
+            raise ValueError(
+                f"{type(self).__name__} of batch shape {tuple(self.batch_shape)} cannot be "
+                f"expanded to {tuple(batch_shape)}: its active set has batch shape {tuple(own)}"
+            )
+        if batch_shape == self.batch_shape:
+            return self
+        shape = (*extra, len(self.active))
+        family: Any = type(self)
+        return family(
+            **{name: getattr(self, name).expand(shape) for name in self._names},
+            active=self.active,
+            event_dim=len(self.event_shape),
+            validate_args=False,
+        )
+
+    def _log_prob(self, values: Tensor) -> Tensor:
+        """Log density of the active entries ``[*extra, K]``: ``[*batch_shape]``."""
+        raise NotImplementedError
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density on the subspace, ``[*batch_shape]``; -inf off it.
+
+        :param value: a SparseTensor with this active set, or a dense tensor.
+        """
+        own = isinstance(value, SparseTensor) and not value.transposed
+        if own and self.active.same(value.active):  # type: ignore[attr-defined]
+            return self._log_prob(value.values)  # type: ignore[arg-type]
+        dense = value.to_dense()
+        log_prob = self._log_prob(self.active.gather(dense))
+        off = (dense != 0) & ~self.active.mask
+        event = tuple(range(-len(self.event_shape), 0))
+        outside = off.any(-1) if len(event) == 1 else off.sum(event) > 0 if event else off
+        return log_prob.masked_fill(outside, -math.inf)
+
+    @property
+    def mode(self) -> SparseTensor:
+        return self.mean
+
+
+class SparseNormal(_SparseDistribution):
     """Independent normals at the active coordinates, and exactly 0 at all others.
 
     This is the variational family of SSVI (arXiv 2402.11025, section 3.1): densities are with
@@ -39,7 +133,6 @@ class SparseNormal(TorchDistribution):
         "loc": constraints.real,
         "scale": constraints.positive,
     }
-    has_rsample = True
 
     def __init__(
         self,
@@ -49,46 +142,7 @@ class SparseNormal(TorchDistribution):
         event_dim: int | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        site_dims = len(active.shape)
-        event_dim = site_dims if event_dim is None else event_dim
-        if loc.shape != scale.shape or loc.shape[-1:] != (len(active),):
-            raise ValueError(
-                f"SparseNormal expects loc and scale [*extra, {len(active)}] for {active}, "
-                f"got {tuple(loc.shape)} and {tuple(scale.shape)}"
-            )
-        if not 0 <= event_dim <= site_dims:
-            raise ValueError(f"SparseNormal expects 0 <= event_dim <= {site_dims}, got {event_dim}")
-        self.loc, self.scale, self.active = loc, scale, active
-        self._batch_dims = site_dims - event_dim
-        super().__init__(
-            loc.shape[:-1] + active.shape[: self._batch_dims],
-            active.shape[self._batch_dims :],
-            validate_args=validate_args,
-        )
-
-    @property
-    def support(self) -> constraints.Constraint:
-        return constraints.independent(constraints.real, len(self.event_shape))
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> SparseNormal:
-        batch_shape = torch.Size(batch_shape)
-        own = self.active.shape[: self._batch_dims]
-        extra = batch_shape[: len(batch_shape) - len(own)]
-        if batch_shape[len(extra) :] != own:
-            raise ValueError(
-                f"SparseNormal of batch shape {tuple(self.batch_shape)} cannot be expanded to "
-                f"{tuple(batch_shape)}: its active set has batch shape {tuple(own)}"
-            )
-        if batch_shape == self.batch_shape:
-            return self
-        shape = (*extra, len(self.active))
-        return SparseNormal(
-            self.loc.expand(shape),
-            self.scale.expand(shape),
-            self.active,
-            len(self.event_shape),
-            validate_args=False,
-        )
+        super().__init__(active, event_dim, validate_args, loc=loc, scale=scale)
 
     def rsample(self, sample_shape: Any = ()) -> SparseTensor:
         shape = (*sample_shape, *self.loc.shape)
@@ -109,21 +163,6 @@ class SparseNormal(TorchDistribution):
             return log_prob.sum(-1) - 0.5 * math.log(2 * math.pi) * k
         return sum_to_batch(log_prob - 0.5 * math.log(2 * math.pi), self.active, batch_dims)
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Log density on the subspace, ``[*batch_shape]``; -inf off it.
-
-        :param value: a SparseTensor with this active set, or a dense tensor.
-        """
-        own = isinstance(value, SparseTensor) and not value.transposed
-        if own and self.active.same(value.active):  # type: ignore[attr-defined]
-            return self._log_prob(value.values)  # type: ignore[arg-type]
-        dense = value.to_dense()
-        log_prob = self._log_prob(self.active.gather(dense))
-        off = (dense != 0) & ~self.active.mask
-        event = tuple(range(-len(self.event_shape), 0))
-        outside = off.any(-1) if len(event) == 1 else off.sum(event) > 0 if event else off
-        return log_prob.masked_fill(outside, -math.inf)
-
     def entropy(self) -> Tensor:
         return sum_to_batch(self.coordinates.entropy(), self.active, self._batch_dims)
 
@@ -132,16 +171,53 @@ class SparseNormal(TorchDistribution):
         return SparseTensor(self.loc, self.active)
 
     @property
-    def mode(self) -> SparseTensor:
-        return self.mean
-
-    @property
     def variance(self) -> SparseTensor:
         return SparseTensor(self.scale.square(), self.active)
 
     @property
     def stddev(self) -> SparseTensor:
         return SparseTensor(self.scale, self.active)
+
+
+class SparseDelta(_SparseDistribution):
+    """A point: given values at the active coordinates, and exactly 0 at all others.
+
+    :param v: ``[*extra, K]``.
+    :param active: the active set, for values of ``active.shape``.
+    :param event_dim: as for :class:`SparseNormal`.
+    """
+
+    arg_constraints = {"v": constraints.real}  # noqa: RUF012
+
+    def __init__(
+        self,
+        v: Tensor,
+        active: ActiveSet,
+        event_dim: int | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        super().__init__(active, event_dim, validate_args, v=v)
+
+    def rsample(self, sample_shape: Any = ()) -> SparseTensor:
+        return SparseTensor(self.v.expand(*sample_shape, *self.v.shape), self.active)
+
+    def _log_prob(self, values: Tensor) -> Tensor:
+        return sum_to_batch((values == self.v).to(values).log(), self.active, self._batch_dims)
+
+    @property
+    def mean(self) -> SparseTensor:
+        return SparseTensor(self.v, self.active)
+
+    @property
+    def variance(self) -> SparseTensor:
+        return SparseTensor(torch.zeros_like(self.v), self.active)
+
+
+class TransformedDelta(dist.Delta):
+    """A point made from a draw by a transform, which gives it a density.
+
+    Pyro's closed form for a Delta would leave that out.
+    """
 
 
 def sum_to_batch(x: Tensor, active: ActiveSet, batch_dims: int) -> Tensor:
@@ -339,6 +415,16 @@ def _kl_sparse(p: SparseNormal, q: SubspacePrior) -> Tensor:
         raise NotImplementedError  # Pyro then estimates it from the sample
     kl = kl_divergence(p.coordinates, restricted)
     return sum_to_batch(kl, p.active, p._batch_dims)
+
+
+@register_kl(TransformedDelta, dist.Distribution)  # Pyro's, as in the rule for its Delta
+def _kl_transformed_delta(p: TransformedDelta, q: dist.Distribution) -> Tensor:
+    return p.log_density - q.log_prob(p.v)
+
+
+@register_kl(SparseDelta, SubspacePrior)
+def _kl_sparse_delta(p: SparseDelta, q: SubspacePrior) -> Tensor:
+    return -q.log_prob(p.mean)
 
 
 class SubspaceMessenger(Messenger):

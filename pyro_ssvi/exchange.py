@@ -54,12 +54,13 @@ def swap(active: ActiveSet, removed: Tensor, added: Tensor) -> Move:
 def carry(tensor: Tensor, source: Tensor, first: Tensor) -> None:
     """Move a per-coordinate tensor along, in place.
 
-    :param tensor: ``[K]``.
+    :param tensor: ``[K, ...]``.
     :param source: ``[K]``, as in :class:`Move`.
-    :param first: ``[K]``, what new coordinates start from.
+    :param first: ``[K, ...]``, what new coordinates start from.
     """
     moved = tensor.index_select(0, source.clamp(min=0))
-    tensor.copy_(torch.where(source < 0, first, moved))
+    new = (source < 0).reshape(-1, *(1,) * (tensor.dim() - 1))
+    tensor.copy_(torch.where(new, first, moved))
 
 
 def top_inactive(

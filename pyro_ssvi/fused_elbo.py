@@ -7,6 +7,7 @@ estimates of Trace_ELBO and TraceMeanField_ELBO from the guide's flat parameters
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -22,11 +23,13 @@ from torch.autograd.function import once_differentiable
 from torch.distributions import kl_divergence
 
 from .distributions import SubspacePrior, elementwise_base, is_elementwise_real, single_number
-from .guides import AutoSparseNormal
+from .guides import AutoSparseDelta, AutoSparseLowRankMultivariateNormal, AutoSparseNormal
 from .guides.site_table import Site
 from .sparse_tensor import SparseTensor
 
 __all__ = ["FusedELBO", "NotFusedError"]
+
+_GUIDES = (AutoSparseNormal, AutoSparseDelta, AutoSparseLowRankMultivariateNormal)
 
 
 class NotFusedError(Exception):
@@ -34,7 +37,7 @@ class NotFusedError(Exception):
 
 
 class FusedELBO:
-    """Trace_ELBO or TraceMeanField_ELBO for one particle and an :class:`AutoSparseNormal`.
+    """Trace_ELBO or TraceMeanField_ELBO for one particle and a sparse guide of this package.
 
     Distributions and values are not validated: take the first step with Pyro's ELBO. Shapes are.
 
@@ -46,7 +49,7 @@ class FusedELBO:
     """
 
     def __init__(self, loss: Any, guide: Any, *args: Any, **kwargs: Any) -> None:
-        if type(guide) is not AutoSparseNormal:
+        if type(guide) not in _GUIDES:
             raise NotFusedError
         if type(loss) not in (Trace_ELBO, TraceMeanField_ELBO):
             raise NotFusedError
@@ -56,7 +59,7 @@ class FusedELBO:
         if subsampled or len({site.dtype for site in guide.sites}) > 1:
             raise NotFusedError
         self.loss, self.guide = loss, guide
-        self.closed_form = isinstance(loss, TraceMeanField_ELBO)
+        self.closed_form = isinstance(loss, TraceMeanField_ELBO) and guide.mean_field
         self._sizes: dict[tuple[int, ...], Tensor] = {}
 
     def __call__(
@@ -83,24 +86,24 @@ class FusedELBO:
             if guide.create_plates is not None:
                 guide.create_plates(*args, **kwargs)
         with guide._pyro_context:  # so that reading them is a pyro.param statement
-            loc, scale = guide.flat_parameters()
-        if loc.dtype != guide.sites[0].dtype:  # it was moved to another precision than the model's
+            flat = guide.flat_parameters()
+        if flat[0].dtype != guide.sites[0].dtype:  # it was moved to another precision
             raise NotFusedError
-        noise = torch.empty_like(loc)
-        for (z,) in guide.split(noise):
-            z.normal_()  # site by site, for the numbers that the guide would draw
-        draw = torch.addcmul(loc, scale, noise)
-        parts = guide.split(loc, scale, noise, draw)
+        draw, log_density, noise = _draw(guide, flat)
+        parts = guide.split(draw, *(() if noise is None else (*flat, noise)))
         values, posteriors = {}, {}
-        for site, (m, s, _, z) in zip(guide.sites, parts, strict=True):
+        for site, (z, *rest) in zip(guide.sites, parts, strict=True):
             if site.is_sparse:
                 value: Any = SparseTensor(z, guide.active_sets[site.name])
                 if local_reparam:
-                    value.posterior = guide.site_posterior(site, m, s)
+                    value.posterior = guide.site_posterior(site, *rest[:2])
             elif site.transform is None:
                 value = z.reshape(site.shape)
+            elif noise is None:
+                posteriors[site.name] = guide.site_value(site, z)
+                value = posteriors[site.name].v
             else:
-                posteriors[site.name] = guide.site_posterior(site, m, s)
+                posteriors[site.name] = guide.site_posterior(site, *rest[:2])
                 value = posteriors[site.name].transforms[0](z.reshape(site.shape))
             values[site.name] = value
 
@@ -115,7 +118,7 @@ class FusedELBO:
                 check_site_shape(msg, loss.max_plate_nesting)
             likelihood = likelihood + msg["log_prob"].sum()
 
-        divergence: Any = 0.0
+        divergence: Any = log_density
         plain, means, stds = [], [], []  # sites whose prior is a normal with two numbers
         for site, part in zip(guide.sites, parts, strict=True):
             msg = run.latent[site.name]
@@ -126,16 +129,17 @@ class FusedELBO:
                 stds.append(numbers[1])
                 continue
             q = posteriors.get(site.name)
-            q = guide.site_posterior(site, *part[:2]) if q is None else q
+            if q is None and noise is not None:
+                q = guide.site_posterior(site, *part[1:3])
             divergence = divergence + self._divergence(q, msg)
         if plain:
-            if len(plain) < len(parts):
-                loc, scale, noise, draw = (torch.cat(p) for p in zip(*plain, strict=True))
             sizes = tuple(len(part[0]) for part in plain)
-            mean, std = torch.cat(means), torch.cat(stds)
-            divergence = divergence + self._plain_divergence(
-                loc, scale, noise, draw, mean, std, sizes
-            )
+            if len(plain) == len(parts):
+                whole = (draw,) if noise is None else (draw, *flat, noise)
+            else:
+                whole = tuple(torch.cat(each) for each in zip(*plain, strict=True))
+            prior = torch.cat(means), torch.cat(stds), sizes
+            divergence = divergence + self._plain_divergence(prior, *whole)
         return kl_weight * divergence - likelihood
 
     def _as_tensor(self, sizes: tuple[int, ...], like: Tensor) -> Tensor:
@@ -158,36 +162,61 @@ class FusedELBO:
 
     def _plain_divergence(
         self,
-        loc: Tensor,
-        scale: Tensor,
-        noise: Tensor,
+        prior: tuple[Tensor, Tensor, tuple[int, ...]],
         draw: Tensor,
-        mean: Tensor,
-        std: Tensor,
-        sizes: tuple[int, ...],
+        loc: Tensor | None = None,
+        scale: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """The KL divergence from normal priors, or its estimate from the draw.
 
-        :param loc: ``[K]``, as are ``scale``, ``noise`` and ``draw``: of several sites.
-        :param mean: ``[n]``, as are ``std`` and ``sizes``: of each site.
+        :param prior: mean, standard deviation and size of each of several sites, ``[n]`` each.
+        :param draw: of their coordinates, ``[K]``.
+        :param loc: ``[K]``, as are ``scale`` and ``noise``: of independent normals. Without them
+            the draw's own density is left out.
         """
-        log_ratio = torch.dot(self._as_tensor(sizes, std), std.log()) - scale.log().sum()
+        mean, std, sizes = prior
+        result = torch.dot(self._as_tensor(sizes, std), std.log())
+        if loc is None or scale is None or noise is None:
+            constant = 0.5 * math.log(2 * math.pi) * sum(sizes)
+            return result + 0.5 * _squares(draw, mean, std, sizes) + constant
+        result = result - scale.log().sum()
         if self.closed_form:
             square = _squares(loc, mean, std, sizes)
             square = square + _squares(scale, torch.zeros_like(mean), std, sizes) - sum(sizes)
         else:
             square = _squares(draw, mean, std, sizes) - torch.dot(noise, noise)
-        return log_ratio + 0.5 * square
+        return result + 0.5 * square
 
     def _divergence(self, q: Any, msg: Any) -> Tensor:
-        """The same for any site, as Pyro has it."""
+        """The same for any site, as Pyro has it; ``q`` is ``None`` where its density counts 0."""
         prior = SubspacePrior(msg["fn"]) if is_elementwise_real(msg["fn"]) else msg["fn"]
         if self.closed_form:
             try:
                 return kl_divergence(q, prior).sum()
             except NotImplementedError:
                 pass
-        return q.log_prob(msg["value"]).sum() - _log_prob(prior, msg).sum()
+        own = 0.0 if q is None else q.log_prob(msg["value"]).sum()
+        return own - _log_prob(prior, msg).sum()
+
+
+def _draw(guide: Any, flat: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | float, Tensor | None]:
+    """A draw of all coordinates, with the numbers that the guide itself would draw.
+
+    :return: ``[K]``; its log density, or 0 where sites have densities of their own; and, of
+        independent normals, the noise it is made from.
+    """
+    if isinstance(guide, AutoSparseDelta):
+        return flat[0], 0.0, None
+    if not guide.mean_field:
+        joint = guide.joint(*flat)
+        draw = joint.rsample()
+        return draw, joint.log_prob(draw), None
+    loc, scale = flat
+    noise = torch.empty_like(loc)
+    for (z,) in guide.split(noise):
+        z.normal_()  # site by site, for the numbers that the guide would draw
+    return torch.addcmul(loc, scale, noise), 0.0, noise
 
 
 class _Squares(torch.autograd.Function):

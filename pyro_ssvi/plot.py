@@ -14,7 +14,7 @@ from torch import Tensor, unravel_index
 
 from .active_set import ActiveSet
 from .diagnostics import overlap
-from .guides import AutoSparseNormal
+from .guides import AutoSparseGuide
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +52,7 @@ def elbo(losses: Sequence[float], ax: Axes | None = None, window: int = 100) -> 
     return _finish(ax, title="Negative ELBO", xlabel="step")
 
 
-def densities(guide: AutoSparseNormal, ax: Axes | None = None) -> Axes:
+def densities(guide: AutoSparseGuide, ax: Axes | None = None) -> Axes:
     """The share of active coordinates of each site, with their number."""
     ax = _axes(ax)
     sets = guide.active_sets
@@ -152,7 +152,7 @@ def receptive_fields(
 
 
 def posterior(
-    guide: AutoSparseNormal, site: str, names: Sequence[str] | None = None, ax: Axes | None = None
+    guide: AutoSparseGuide, site: str, names: Sequence[str] | None = None, ax: Axes | None = None
 ) -> Axes:
     """Means and 95 % intervals of a site's active coordinates, the 30 with the surest sign first.
 

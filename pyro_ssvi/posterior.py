@@ -12,13 +12,21 @@ from torch import Tensor, nn
 from torch.distributions import transform_to
 
 from .checkpoint import constraint_state, plain, read_constraint
-from .guides import AutoSparseNormal
+from .guides import (
+    AutoSparseDelta,
+    AutoSparseGuide,
+    AutoSparseLowRankMultivariateNormal,
+    AutoSparseNormal,
+)
 from .safe_file import Format
 
 if TYPE_CHECKING:
     from .svi import SSVI
 
-__all__ = ["FILES", "export", "load_posterior"]
+__all__ = ["FILES", "KINDS", "export", "load_posterior"]
+
+#: The guides that a file can be of; a subclass comes before its base.
+KINDS = (AutoSparseLowRankMultivariateNormal, AutoSparseNormal, AutoSparseDelta)
 
 FILES = Format(
     "pyro_ssvi posterior",
@@ -32,25 +40,27 @@ def export(svi: SSVI, path: str | os.PathLike, dtype: torch.dtype | None = None)
 
     :param dtype: of locations and scales in the file, such as ``torch.bfloat16``; by default
         their own.
-    :raises ValueError: if there is another guide than one AutoSparseNormal, or ``dtype`` cannot
-        hold the numbers of a site.
+    :raises ValueError: if there is another guide than one sparse guide of this package, or
+        ``dtype`` cannot hold the numbers of a site.
     """
     guide, model = svi.guide, svi.model.model
-    if not isinstance(guide, AutoSparseNormal):
+    kind: Any = next((kind for kind in KINDS if isinstance(guide, kind)), None)
+    # One with parameters of its own would come back without them.
+    if kind is None or type(guide).parameter_constraints is not kind.parameter_constraints:
         raise ValueError(
-            f"export() writes the posterior of one AutoSparseNormal, got {type(guide).__name__}: "
-            "use svi.save()"
+            f"export() writes one of {[kind.__name__ for kind in KINDS]}, got "
+            f"{type(guide).__name__}: use svi.save()"
         )
     with torch.no_grad():
-        loc, scale = (each.to(dtype or each.dtype) for each in guide.flat_parameters())
-    _refuse_lost(guide, loc, scale)
+        values = [each.to(dtype or each.dtype) for each in guide.flat_parameters()]
+    _refuse_lost(guide, *values)
     numel = max((site.shape.numel() for site in guide.sites), default=0)
     state = {
         "version": FILES.version,
         "sites": guide.get_extra_state(),
+        "guide": kind.__name__,
         "dtype": str(guide.loc.dtype).removeprefix("torch."),
-        "loc": loc,
-        "scale": scale,
+        **dict(zip(guide.parameter_constraints, values, strict=True)),
         "indices": guide.indices.to(torch.int32 if numel < 2**31 else torch.int64),
         "model": model.state_dict() if isinstance(model, nn.Module) else {},
         "store": _other_parameters(svi),
@@ -58,8 +68,10 @@ def export(svi: SSVI, path: str | os.PathLike, dtype: torch.dtype | None = None)
     FILES.write(path, plain(state, "the posterior"))
 
 
-def _refuse_lost(guide: AutoSparseNormal, loc: Tensor, scale: Tensor) -> None:
-    ok = loc.isfinite() & scale.isfinite() & (scale > 0)
+def _refuse_lost(guide: AutoSparseGuide, *values: Tensor) -> None:
+    ok = guide.valid(*values)
+    for value in values:
+        ok = ok & value.isfinite().flatten(1).all(-1) if value.dim() > 1 else ok & value.isfinite()
     if not ok.all():
         lost = [
             site.name
@@ -67,7 +79,7 @@ def _refuse_lost(guide: AutoSparseNormal, loc: Tensor, scale: Tensor) -> None:
             if not kept.all()
         ]
         raise ValueError(
-            f"{loc.dtype} cannot hold the locations or scales of sites {lost}: use "
+            f"{values[0].dtype} cannot hold the locations or scales of sites {lost}: use "
             "torch.bfloat16, which has the range of float32, or no dtype"
         )
 
@@ -85,7 +97,7 @@ def _other_parameters(svi: SSVI) -> dict[str, Any]:
 
 def load_posterior(
     path: str | os.PathLike, model: Callable, map_location: Any = None
-) -> AutoSparseNormal:
+) -> AutoSparseGuide:
     """A guide with the posterior in a file that :meth:`pyro_ssvi.SSVI.export` wrote::
 
         guide = load_posterior("net.posterior", model)
@@ -105,15 +117,16 @@ def load_posterior(
     rows = state["sites"]["sites"]
     sizes = {row["name"]: torch.Size(row["shape"]).numel() for row in rows}
     densities = {row["name"]: row["k"] / sizes[row["name"]] for row in rows}
-    guide = AutoSparseNormal(model, density=densities)
+    kinds: dict[str, Any] = {kind.__name__: kind for kind in KINDS}
+    # Older files do not tell.
+    guide = kinds[state.get("guide", "AutoSparseNormal")](model, density=densities)
     dtype = getattr(torch, state["dtype"])
-    to_scale = transform_to(guide.scale_constraint)
     values = {
-        "loc_unconstrained": state["loc"].to(dtype),
-        "scale_unconstrained": to_scale.inv(state["scale"].to(dtype)),
-        "indices": state["indices"].to(torch.int64),
+        f"{name}_unconstrained": transform_to(constraint).inv(state[name].to(dtype))
+        for name, constraint in guide.parameter_constraints.items()
     }
-    guide.load_state_dict({**values, "_extra_state": state["sites"]})
+    indices = state["indices"].to(torch.int64)
+    guide.load_state_dict({**values, "indices": indices, "_extra_state": state["sites"]})
     if isinstance(model, nn.Module):
         model.load_state_dict(state["model"])
     store = pyro.get_param_store()

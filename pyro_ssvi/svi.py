@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import Normal, TransformedDistribution
+from pyro.distributions import LowRankMultivariateNormal, Normal, TransformedDistribution
 from pyro.infer import (
     SVI,
     JitTrace_ELBO,
@@ -38,7 +38,7 @@ from .errors import NonFiniteWarning
 from .exchange import Move, smallest, swap
 from .fused_elbo import FusedELBO, NotFusedError
 from .gradient_record import GradientRecord
-from .guides import AutoSparseNormal
+from .guides import AutoSparseGuide
 from .interrupts import uninterrupted
 from .optimizer_state import carry_state
 from .random_state import leaving_no_trace
@@ -73,19 +73,20 @@ class SubspaceModel(torch.nn.Module):
 class SSVI(SVI):
     """Sparse subspace variational inference (Li, Miao, Qiu, Zhang, ICLR 2024).
 
-    Takes the place of :class:`pyro.infer.SVI` for an :class:`AutoSparseNormal`, or for a guide
-    with such parts. Every step is a step of SVI, but one whose loss or gradient is not finite
-    changes nothing and gives a :class:`~pyro_ssvi.errors.NonFiniteWarning`. After the steps that
-    the schedule names, each sparse site exchanges coordinates: the active ones that matter least
-    are removed and as many inactive ones that promise most are added, so their number never
-    changes::
+    Takes the place of :class:`pyro.infer.SVI` for an :class:`AutoSparseNormal` or another sparse
+    guide, or for a guide with such parts. Every step is a step of SVI, but one whose loss or
+    gradient is not finite changes nothing and gives a
+    :class:`~pyro_ssvi.errors.NonFiniteWarning`. After the steps that the schedule names, each
+    sparse site exchanges coordinates: the active ones that matter least are removed and as many
+    inactive ones that promise most are added, so their number never changes::
 
         svi = SSVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO(),
                    schedule=CosineSchedule(stop=int(0.75 * num_steps)))
         loss = svi.step(x, y)
 
     :param model: a Pyro model. Its priors cover active coordinates only.
-    :param guide: an :class:`AutoSparseNormal`, or a module that contains some.
+    :param guide: an :class:`AutoSparseNormal` or another sparse guide, or a module that contains
+        some.
     :param optim: a Pyro optimizer. Its state follows its coordinate.
     :param loss: an ELBO, or any ``callable(model, guide, *args, **kwargs)`` that gives a loss;
         those that compile with torch.jit would keep the first active set.
@@ -145,6 +146,11 @@ class SSVI(SVI):
                 f"SSVI cannot find the sparse parts of {guide!r}, which is not a module: apply "
                 "handlers in the forward() of a PyroModule that has the guide as an attribute"
             )
+        if local_reparam and not all(part.mean_field for part in self.guides):
+            kinds = [type(part).__name__ for part in self.guides if not part.mean_field]
+            raise ValueError(
+                f"local_reparam=True needs independent weights: use AutoSparseNormal, got {kinds}"
+            )
         self.removal = removal_criterion(removal)
         self.addition = addition_criterion(addition)
         self.schedule = CosineSchedule() if schedule is None else schedule
@@ -189,9 +195,9 @@ class SSVI(SVI):
             )
 
     @property
-    def guides(self) -> list[AutoSparseNormal]:
+    def guides(self) -> list[AutoSparseGuide]:
         """The sparse guides that take part in exchanges."""
-        return [part for part in self.guide.modules() if isinstance(part, AutoSparseNormal)]
+        return [part for part in self.guide.modules() if isinstance(part, AutoSparseGuide)]
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Take a gradient step, then exchange coordinates if the schedule says so.
@@ -335,8 +341,8 @@ class SSVI(SVI):
 
         :param dtype: of locations and scales in the file, such as ``torch.bfloat16``; by default
             their own.
-        :raises ValueError: if there is another guide than one AutoSparseNormal, or ``dtype``
-            cannot hold the numbers of a site.
+        :raises ValueError: if there is another guide than one sparse guide of this package, or
+            ``dtype`` cannot hold the numbers of a site.
         """
         posterior.export(self, path, dtype)
 
@@ -392,10 +398,10 @@ class SSVI(SVI):
         return {name: move.size for _, moves in plans for name, move in moves.items()}
 
     @torch.no_grad()
-    def _plan(self, guide: AutoSparseNormal, share: float, record: GradientRecord) -> dict:
+    def _plan(self, guide: AutoSparseGuide, share: float, record: GradientRecord) -> dict:
         moves: dict[str, Move] = {}
         active_sets = guide.active_sets
-        parts = guide.split(guide.loc, guide.scale)
+        parts = guide.split(*guide.for_removal())
         for site, (loc, scale) in zip(guide.sites, parts, strict=True):
             name, active = site.name, active_sets[site.name]
             n = min(math.floor(share * len(active) + 0.5), active.numel() - len(active))
@@ -467,7 +473,7 @@ class _AtMean(Messenger):
         fn, transforms = msg["fn"], []
         if isinstance(fn, TransformedDistribution):
             fn, transforms = fn.base_dist, fn.transforms
-        if isinstance(elementwise_base(fn)[0], SparseNormal | Normal):
+        if isinstance(elementwise_base(fn)[0], SparseNormal | Normal | LowRankMultivariateNormal):
             value = fn.mean
             for transform in transforms:
                 value = transform(value)

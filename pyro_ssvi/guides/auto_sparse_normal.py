@@ -2,45 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
-from typing import Any
+from collections.abc import Callable
 
-import pyro
 import pyro.distributions as dist
-import torch
-from pyro import poutine
 from pyro.distributions import constraints
-from pyro.infer.autoguide import AutoGuide
 from pyro.infer.autoguide.initialization import init_to_feasible
-from pyro.infer.autoguide.utils import helpful_support_errors
-from pyro.infer.util import is_validation_enabled
-from pyro.nn import PyroParam
-from pyro.ops.tensor_utils import periodic_repeat
 from torch import Tensor
-from torch.distributions import biject_to, transform_to
 
-from ..active_set import ActiveSet
-from ..densities import Policy, check_density
-from ..distributions import SparseNormal, is_elementwise_real
-from ..exchange import Move, carry
-from ..random_state import leaving_no_trace
-from ..sparse_tensor import SparseTensor
-from .prototype import Density, ShapesMessenger, SparseInitMessenger
-from .site_table import (
-    Site,
-    density_differences,
-    read_table,
-    table,
-    table_differences,
-)
-from .summary import Summary
-from .warm_start import warm_start
+from .auto_sparse_guide import AutoSparseGuide
+from .prototype import Density
+from .site_table import Site
 
 __all__ = ["AutoSparseNormal"]
 
 
-class AutoSparseNormal(AutoGuide):
+class AutoSparseNormal(AutoSparseGuide):
     """A drop-in for :class:`~pyro.infer.autoguide.AutoNormal` with sparse support.
 
     A latent site with D elements gets K = density·D *active* coordinates with independent
@@ -77,7 +53,8 @@ class AutoSparseNormal(AutoGuide):
     """
 
     scale_constraint = constraints.softplus_positive
-    indices: Tensor  # of all sparse sites, one after the other
+    mean_field = True
+    scale: Tensor
 
     def __init__(
         self,
@@ -88,407 +65,28 @@ class AutoSparseNormal(AutoGuide):
         init_scale: float = 0.01,
         create_plates: Callable | None = None,
     ) -> None:
-        if isinstance(density, Mapping):
-            density = {name: check_density(value, name) for name, value in density.items()}
-        elif not (callable(density) or isinstance(density, Policy)):
-            density = check_density(density)
         if not isinstance(init_scale, float) or not init_scale > 0:
             raise ValueError(f"expected a float init_scale > 0, got {init_scale!r}")
-        self.density = density
-        self.init_loc_fn = init_loc_fn
-        self._init_scale = init_scale
-        self._init = SparseInitMessenger(init_loc_fn, density)
-        super().__init__(self._init(model), create_plates=create_plates)
-        self._bare_model = (model,)  # not registered as a submodule
-        #: Known from the first call on, or from load_state_dict().
-        self.sites: list[Site] = []
-        self._made_from: tuple[Tensor | None, int] = (None, 0)
-
-    def set_up(self, *args: Any, **kwargs: Any) -> None:
-        """Run the model once, if the guide has not seen it."""
-        if self.prototype_trace is None:
-            with torch.inference_mode(False):  # or the parameters could never be trained
-                self._setup_prototype(*args, **kwargs)
-
-    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        try:
-            # A loaded guide goes on where it was saved, as if it had always known the model.
-            with leaving_no_trace() if self.sites else nullcontext():
-                if isinstance(self.density, Policy):
-                    self._init.density = self._allocate(self.density, args, kwargs)
-                super()._setup_prototype(*args, **kwargs)
-                self._setup_parameters()
-        except BaseException:
-            self.prototype_trace = None  # or the next call would take the set-up for done
-            raise
-
-    def _prototype_hide_fn(self, msg: Any) -> bool:
-        # Neither its plates are this guide's: in Predictive they have other sizes.
-        return AutoGuide._prototype_hide_fn(msg) or msg["name"] in self.observed
-
-    def _allocate(self, policy: Policy, args: tuple, kwargs: dict) -> dict[str, float]:
-        messenger = ShapesMessenger(self.init_loc_fn)
-        messenger.observed = self.observed
-        with leaving_no_trace():
-            poutine.block(messenger(self._bare_model[0]))(*args, **kwargs)
-        densities = policy.allocate(messenger.shapes)
-        return {name: check_density(value, name) for name, value in densities.items()}
-
-    def _setup_parameters(self) -> None:
-        trace: Any = self.prototype_trace
-        latents = dict(trace.iter_stochastic_nodes())
-        if isinstance(self.density, Mapping):
-            unknown = sorted(set(self.density) - set(latents))
-            if unknown:
-                raise ValueError(
-                    f"density names {unknown}, but the model's latent sites are {list(latents)}"
-                )
-        sites, locs, indices = [], [], []
-        for name, node in latents.items():
-            site, loc = self._setup_site(name, node)
-            sites.append(site)
-            locs.append(loc)
-            if site.is_sparse:
-                indices.append(node["value"].active.indices)
-        if not sites:
-            raise RuntimeError(f"{type(self).__name__} found no latent variables")
-        devices = {str(loc.device): site.name for loc, site in zip(locs, sites, strict=True)}
-        if len(devices) > 1:
-            raise ValueError(f"latent sites must be on one device, got (device: site) {devices}")
-        self._refuse_stale_store()
-        if self.sites:
-            differences = table_differences(self.sites, sites, "the model")
-            if differences:
-                raise ValueError("the loaded state is of another model: " + "; ".join(differences))
-            self.sites = sites
-            return
-        loc = torch.cat(locs)
-        self.sites = sites
-        self.loc = PyroParam(loc, constraints.real)
-        self.scale = PyroParam(torch.full_like(loc, self._init_scale), self.scale_constraint)
-        flat = torch.cat(indices) if indices else loc.new_empty(0, dtype=torch.int64)
-        self.register_buffer("indices", flat)
-
-    def _setup_site(self, name: str, node: Any) -> tuple[Site, Tensor]:
-        fn, value = node["fn"], node["value"]
-        frames = [frame for frame in node["cond_indep_stack"] if frame.vectorized]
-        if isinstance(value, SparseTensor):
-            site = Site(
-                name, value.shape, value.dtype, fn.event_dim, len(value.active), frames, None
-            )
-            return site, value.values.detach()
-        transform = None
-        loc = value.detach()
-        if not is_elementwise_real(fn):
-            with helpful_support_errors(node):
-                transform = biject_to(fn.support)
-                loc = transform.inv(loc)
-        event_dim = fn.event_dim + loc.dim() - value.dim()
-        for frame in frames:
-            full_size = frame.full_size or frame.size
-            if full_size != frame.size:
-                loc = periodic_repeat(loc, full_size, frame.dim - event_dim)
-        site = Site(name, loc.shape, loc.dtype, event_dim, loc.numel(), frames, transform)
-        return site, loc.reshape(-1)
-
-    def _refuse_stale_store(self) -> None:
-        name = f"{self._pyro_name}.loc" if self._pyro_name else "loc"
-        held = dict(pyro.get_param_store().named_parameters()).get(name)
-        if held is not None and held is not self._parameters.get("loc_unconstrained"):
-            raise ValueError(
-                f"the parameter store holds {name!r} of another guide, or of another time, and "
-                "cannot say which coordinates its values belong to. Call "
-                "pyro.clear_param_store() before you make or copy a guide, or keep parameters in "
-                "their modules with pyro.settings.set(module_local_params=True); to take up "
-                "training again use svi.load(path) or guide.load_state_dict(...)"
-            )
-
-    def __getstate__(self) -> dict:
-        # Not AutoGuide's, which would take the model from this guide, too.
-        state = dict(super(AutoGuide, self).__getstate__())
-        state["master"] = None
-        if self.prototype_trace is not None:
-            # It has been run, and need not be copied, nor be picklable.
-            state["_model"] = state["_bare_model"] = None
-        # A copy's buffer counts its versions anew: nothing made from the old one is its own.
-        return {**state, "_made_from": (None, 0)}
+        super().__init__(
+            model, density=density, init_loc_fn=init_loc_fn, create_plates=create_plates
+        )
+        self.first_scale = init_scale
 
     @property
-    def observed(self) -> list[str]:
-        """Names of the sites that have data; a loaded guide knows them where there are none."""
-        return self._init.observed
+    def parameter_constraints(self) -> dict[str, constraints.Constraint]:
+        return {"loc": constraints.real, "scale": self.scale_constraint}
 
-    def _require_setup(self) -> None:
-        if not self.sites:
-            raise RuntimeError(
-                f"{type(self).__name__} has no parameters before it has seen data: call "
-                "guide(*args, **kwargs) once with the model's arguments, or take a step"
-            )
+    def from_marginals(self, loc: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        return loc, scale
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """The table of sites that :meth:`state_dict` carries along."""
-        return table(self.sites, self.observed)
+    def marginals(self, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return loc, scale
 
-    def set_extra_state(self, state: Any) -> None:
-        """What is observed; the sites were checked, and taken, before any tensor was loaded."""
-        if self.prototype_trace is None:
-            self._init.observed = list(state.get("observed", ()))  # older files do not tell
+    def valid(self, loc: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
+        return (loc == loc) & (scale > 0)
 
-    def _load_from_state_dict(
-        self, state_dict: dict, prefix: str, metadata: Any, strict: bool, *lists: list
-    ) -> None:
-        errors = lists[-1]
-        try:
-            sites = self.saved_sites(state_dict, prefix)
-        except ValueError as error:
-            errors.append(str(error))
-            return
-        if sites and not self.sites:
-            loc, raw, indices = (
-                torch.empty_like(state_dict[prefix + name])
-                for name in ("loc_unconstrained", "scale_unconstrained", "indices")
-            )
-            self.take_sites(sites, torch.nn.Parameter(loc), torch.nn.Parameter(raw), indices)
-        if self.sites:
-            self.indices = torch.empty_like(self.indices)  # the old one is in active sets
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
-
-    def saved_sites(self, state_dict: Mapping[str, Any], prefix: str = "") -> list[Site]:
-        """The sites in a state dict, once it is known that they can be loaded into this guide.
-
-        :raises ValueError: if they cannot, with the difference.
-        """
-        sites = read_table(state_dict, prefix)
-        if not self.sites:
-            differences = density_differences(sites, self.density)
-        elif not sites:
-            differences = ["it was saved before the guide had seen data"]
-        else:
-            differences = table_differences(sites, self.sites, "this guide")
-            dtype = state_dict[prefix + "loc_unconstrained"].dtype
-            if dtype != self.loc.dtype:
-                differences.append(f"loc: saved as {dtype}, this guide's is {self.loc.dtype}")
-        if differences:
-            raise ValueError("it does not fit this guide: " + "; ".join(differences))
-        if not pyro.settings.get("module_local_params"):
-            self._refuse_stale_store()
-        return sites
-
-    def take_sites(
-        self,
-        sites: list[Site],
-        loc: torch.nn.Parameter,
-        raw_scale: torch.nn.Parameter,
-        indices: Tensor,
-    ) -> None:
-        """Set up what the first call sets up otherwise, but for what only the model knows.
-
-        :param loc: all sites' active coordinates, ``[K]``.
-        :param raw_scale: unconstrained, ``[K]``.
-        :param indices: of all sparse sites.
-        """
-        self._pyro_params["loc"] = constraints.real, None
-        self._pyro_params["scale"] = self.scale_constraint, None
-        self.loc_unconstrained, self.scale_unconstrained = loc, raw_scale
-        self.register_buffer("indices", indices)
-        self.sites = sites
-
-    @property
-    def active_sets(self) -> dict[str, ActiveSet]:
-        """The active set of each latent site; that of a dense site is full.
-
-        :raises RuntimeError: if the guide has not seen data.
-        """
-        self._require_setup()
-        # The buffer changes by an exchange, a load_state_dict() or a move to a device.
-        buffer, version = self._made_from
-        if buffer is not self.indices or version != self.indices._version:
-            sizes = [site.k for site in self.sites if site.is_sparse]
-            parts = iter(self.indices.split(sizes))
-            self._active_sets = {
-                site.name: ActiveSet(next(parts), site.shape)
-                if site.is_sparse
-                else ActiveSet.full(site.shape, self.indices.device)
-                for site in self.sites
-            }
-            self._made_from = (self.indices, self.indices._version)
-        return self._active_sets
-
-    def split(self, *flat: Tensor) -> list[tuple[Tensor, ...]]:
-        """Vectors ``[K]`` of all active coordinates, as a tuple for each site."""
-        sizes = [site.k for site in self.sites]
-        # One split has one backward; a slice for each site would have one of full size each.
-        return list(zip(*(vector.split(sizes) for vector in flat), strict=True))
-
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Sample all latent sites, given the same ``*args, **kwargs`` as the model.
-
-        :return: a value for each latent site: a :class:`~pyro_ssvi.SparseTensor` or a tensor.
-        """
-        self.set_up(*args, **kwargs)
-        plates = self._create_plates(*args, **kwargs)
-        flat = self.flat_parameters()
-        if is_validation_enabled():
-            self._check_parameters(*flat)
-        result = {}
-        for site, (loc, scale) in zip(self.sites, self.split(*flat), strict=True):
-            with ExitStack() as stack:
-                for frame in site.frames:
-                    stack.enter_context(plates[frame.name])
-                result[site.name] = pyro.sample(site.name, self.site_posterior(site, loc, scale))
-        return result
-
-    def flat_parameters(self) -> tuple[Tensor, Tensor]:
-        """``loc`` and ``scale`` of all sites, ``[K]`` each, as Pyro parameters.
-
-        :raises ValueError: if the parameter store holds those of another guide.
-        """
-        own: Any = self.parameters_in_place()
-        flat = self.loc, self.scale
-        if any(a is not b for a, b in zip(self.parameters_in_place(), own, strict=True)):
-            # PyroModule took what the store holds. Take it back, or the next call would do so.
-            self.loc_unconstrained, self.scale_unconstrained = own
-            self._refuse_stale_store()
-        return flat
-
-    def _check_parameters(self, loc: Tensor, scale: Tensor) -> None:
-        # Once for all sites, where distributions would each ask the device.
-        ok = (loc == loc) & (scale > 0)
-        if not bool(ok.all()):
-            bad = [
-                site.name
-                for site, (valid,) in zip(self.sites, self.split(ok), strict=True)
-                if not valid.all()
-            ]
-            raise ValueError(f"loc is NaN or scale is not positive at sites {bad}")
-
-    def site_posterior(self, site: Site, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
+    def site_posterior(  # type: ignore[override]
+        self, site: Site, loc: Tensor, scale: Tensor
+    ) -> dist.TorchDistribution:
         """The posterior of one site, given its part of the flat parameters."""
-        loc, scale = loc.to(site.dtype), scale.to(site.dtype)
-        if site.is_sparse:
-            active = self.active_sets[site.name]
-            return SparseNormal(loc, scale, active, site.event_dim, validate_args=False)
-        loc, scale = loc.reshape(site.shape), scale.reshape(site.shape)
-        if site.frames:
-            loc = pyro.subsample(loc, event_dim=site.event_dim)
-            scale = pyro.subsample(scale, event_dim=site.event_dim)
-        normal = dist.Normal(loc, scale, validate_args=False).to_event(site.event_dim)
-        if site.transform is None:
-            return normal
-        # With its cache, log_prob() needs no inverse: the sample's gradient is exact.
-        return dist.TransformedDistribution(normal, [site.transform.with_cache()])
-
-    def exchange(self, moves: Mapping[str, Move], new_scale: float | str = "mean") -> Tensor:
-        """Exchange active coordinates: new ones start at loc 0.
-
-        :param moves: what happens to which site, for one site or more.
-        :param new_scale: standard deviation of new coordinates: a number, or ``"mean"`` for the
-            mean of those of the site's coordinates that stay.
-        :return: for each entry of the flat parameters, where it came from, or -1 if it is new:
-            int64, for carrying an optimizer's state along.
-        """
-        loc, raw = self.parameters_in_place()
-        with torch.no_grad():
-            constraint = transform_to(self.scale_constraint)
-            source = torch.arange(len(loc), device=loc.device)
-            first = torch.empty_like(raw)
-            indices = []
-            start = 0
-            for site, (scale,) in zip(self.sites, self.split(constraint(raw)), strict=True):
-                move = moves.get(site.name)
-                if move is not None:
-                    part = slice(start, start + site.k)
-                    source[part] = torch.where(move.source < 0, -1, move.source + start)
-                    stays = scale[move.source[move.source >= 0]]
-                    if isinstance(new_scale, str):
-                        first[part] = (stays if len(stays) else scale).mean()
-                    else:
-                        first[part] = new_scale
-                if site.is_sparse:
-                    active = self.active_sets[site.name]
-                    indices.append(active.indices if move is None else move.indices)
-                start += site.k
-            carry(loc, source, torch.zeros_like(loc))
-            carry(raw, source, constraint.inv(first))
-            self.indices = torch.cat(indices)
-        return source
-
-    def warm_start(
-        self, source: AutoGuide | Mapping[str, Tensor], *args: Any, **kwargs: Any
-    ) -> None:
-        """Start from a fitted guide, or from values such as a trained network's weights.
-
-        A sparse site's active coordinates become those with the largest location, in standard
-        deviations where the source has any. Call it before the first step::
-
-            guide.warm_start(dense_guide, x, y)
-            guide.warm_start({"w0": weights["0.weight"]}, x, y)
-
-        :param source: an AutoNormal or another guide of the same model, of which locations and
-            scales are taken, or medians alone; or values by site name. Sites that it does not
-            have stay as they are.
-        :param args: of the model, as are ``kwargs``: for a guide that has not seen data.
-        :raises ValueError: for names that the model does not have, or other shapes. Then nothing
-            has changed.
-        """
-        self.set_up(*args, **kwargs)
-        warm_start(self, source)
-
-    def parameters_in_place(self) -> tuple[Tensor, Tensor]:
-        """The two parameters that an optimizer holds: ``loc`` and the unconstrained ``scale``."""
-        self._require_setup()
-        return self.loc_unconstrained, self.scale_unconstrained
-
-    @torch.no_grad()
-    def posterior(self) -> dict[str, dist.TorchDistribution]:
-        """The posterior of each latent site as it stands, for its full size if it is subsampled.
-
-        :raises RuntimeError: if the guide has not seen data.
-        """
-        self._require_setup()
-        parts = self.split(self.loc.clone(), self.scale.clone())
-        return {
-            site.name: self.site_posterior(site, loc, scale)
-            for site, (loc, scale) in zip(self.sites, parts, strict=True)
-        }
-
-    @torch.no_grad()
-    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The posterior median of each latent site, as a dense tensor.
-
-        :raises RuntimeError: if the guide has not seen data.
-        """
-        return {name: value[0] for name, value in self.quantiles([0.5]).items()}
-
-    @torch.no_grad()
-    def quantiles(
-        self, quantiles: Tensor | list[float], *args: Any, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        """Posterior quantiles of each latent site, as dense tensors, 0 where inactive::
-
-            guide.quantiles([0.05, 0.5, 0.95])
-
-        :param quantiles: numbers between 0 and 1, ``[n]``.
-        :return: ``[n, *shape]`` for each site.
-        :raises RuntimeError: if the guide has not seen data.
-        """
-        self._require_setup()
-        results = {}
-        for site, (loc, scale) in zip(self.sites, self.split(self.loc, self.scale), strict=True):
-            loc, scale = loc.to(site.dtype), scale.to(site.dtype)
-            q = torch.as_tensor(quantiles, dtype=loc.dtype, device=loc.device).reshape(-1, 1)
-            values = dist.Normal(loc, scale).icdf(q)
-            if site.is_sparse:
-                results[site.name] = self.active_sets[site.name].scatter(values)
-            else:
-                values = values.reshape(len(values), *site.shape)
-                results[site.name] = values if site.transform is None else site.transform(values)
-        return results
-
-    def summary(self) -> Summary:
-        """Each site's shape, active coordinates, and bytes beside those of AutoNormal.
-
-        :raises RuntimeError: if the guide has not seen data.
-        """
-        self._require_setup()
-        return Summary.of(self.active_sets, self.loc.element_size())
+        return self._normal(site, loc, scale)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -16,7 +16,6 @@ from ..densities import Policy
 __all__ = ["NEEDS_MODEL", "Site", "read_table", "table", "table_differences"]
 
 VERSION = 1
-_TENSORS = ("loc_unconstrained", "scale_unconstrained", "indices")
 
 
 class _NeedsModel:
@@ -73,17 +72,18 @@ def table(sites: list[Site], observed: list[str]) -> dict[str, Any]:
     }
 
 
-def read_table(state: Mapping[str, Any], prefix: str = "") -> list[Site]:
+def read_table(state: Mapping[str, Any], prefix: str, parameters: Sequence[str]) -> list[Site]:
     """The sites of a saved guide; their plates and transforms are left to the model.
 
     :param state: a state dict that holds the guide's under ``prefix``.
-    :raises ValueError: if it is not one of an AutoSparseNormal, or its tensors are damaged.
+    :param parameters: names of the guide's parameters, ``[K, ...]`` each.
+    :raises ValueError: if it is not one of such a guide, or its tensors are damaged.
     """
     saved = state.get(f"{prefix}_extra_state")
     if not isinstance(saved, Mapping) or "sites" not in saved:
         raise ValueError(
-            f"no table of sites at '{prefix}_extra_state': expected what state_dict() of an "
-            "AutoSparseNormal gave"
+            f"no table of sites at '{prefix}_extra_state': expected what state_dict() of a sparse "
+            "guide gave"
         )
     if saved["version"] > VERSION:
         raise ValueError(
@@ -103,17 +103,25 @@ def read_table(state: Mapping[str, Any], prefix: str = "") -> list[Site]:
         for row in saved["sites"]
     ]
     if sites:
-        _check_tensors(sites, *(state.get(prefix + name) for name in _TENSORS))
+        own = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
+        unknown = [key for key in own if key.endswith("_unconstrained") and key not in parameters]
+        if unknown:
+            raise ValueError(f"it has {unknown}: it was saved by a guide of another class")
+        _check_tensors(sites, own, parameters)
     return sites
 
 
-def _check_tensors(sites: list[Site], loc: Any, scale: Any, indices: Any) -> None:
+def _check_tensors(sites: list[Site], state: Mapping[str, Any], parameters: Sequence[str]) -> None:
     sparse = [site for site in sites if site.is_sparse]
-    expected = [sum(site.k for site in part) for part in (sites, sites, sparse)]
-    for name, tensor, size in zip(_TENSORS, (loc, scale, indices), expected, strict=True):
-        if not isinstance(tensor, Tensor) or tensor.shape != (size,):
+    for name, part in (*((name, sites) for name in parameters), ("indices", sparse)):
+        tensor, size = state.get(name), sum(site.k for site in part)
+        if not isinstance(tensor, Tensor) or tensor.shape[:1] != (size,):
             got = tuple(tensor.shape) if isinstance(tensor, Tensor) else "none"
-            raise ValueError(f"expected a tensor {name} of shape ({size},), got {got}")
+            raise ValueError(
+                f"expected a tensor {name} of shape ({size},), got {got}: it is damaged, or was "
+                "saved by a guide of another class"
+            )
+    indices = state["indices"]
     for site, part in zip(sparse, indices.split([site.k for site in sparse]), strict=True):
         try:
             ActiveSet(part, site.shape)

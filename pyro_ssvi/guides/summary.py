@@ -25,13 +25,19 @@ class Row(NamedTuple):
 class Summary:
     """A table of a guide's sites; print it.
 
-    Bytes are those of loc, scale and, for a sparse site, its indices; an optimizer adds its own.
+    Bytes are those of the guide's parameters and, for a sparse site, its indices; an optimizer
+    adds its own.
     """
 
     rows: tuple[Row, ...]
 
     @classmethod
-    def of(cls, active_sets: Mapping[str, ActiveSet], element_size: int) -> Summary:
+    def of(cls, active_sets: Mapping[str, ActiveSet], row: int, element_size: int) -> Summary:
+        """Summarise.
+
+        :param row: bytes of the parameters of one active coordinate.
+        :param element_size: bytes of a number.
+        """
         return cls(
             tuple(
                 Row(
@@ -39,7 +45,7 @@ class Summary:
                     tuple(active.shape),
                     len(active),
                     active.density,
-                    len(active) * (2 * element_size + (0 if active.is_full else 8)),
+                    len(active) * (row + (0 if active.is_full else 8)),
                     active.numel() * 2 * element_size,
                 )
                 for name, active in active_sets.items()

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from pyro.infer.autoguide import AutoGuide, AutoNormal
 from torch import Tensor
-from torch.distributions import transform_to
 
 from .site_table import Site
 
 if TYPE_CHECKING:
-    from .auto_sparse_normal import AutoSparseNormal
+    from .auto_sparse_guide import AutoSparseGuide
 
 __all__ = ["warm_start"]
 
@@ -26,16 +25,14 @@ class Start(NamedTuple):
 
 
 @torch.no_grad()
-def warm_start(guide: AutoSparseNormal, source: AutoGuide | Mapping[str, Tensor]) -> None:
-    """See :meth:`AutoSparseNormal.warm_start`."""
+def warm_start(guide: AutoSparseGuide, source: AutoGuide | Mapping[str, Tensor]) -> None:
+    """See :meth:`AutoSparseGuide.warm_start`."""
     starts = _from_guide(guide, source) if isinstance(source, AutoGuide) else None
     if starts is None:
         values = source.median() if isinstance(source, AutoGuide) else source
         starts = _from_values(guide, values)
-    loc, raw = guide.parameters_in_place()
-    constraint = transform_to(guide.scale_constraint)
-    new_loc, new_scale = loc.clone(), constraint(raw)
-    indices = []
+    new_loc, new_scale = (each.clone() for each in guide.marginals(*guide.flat_parameters()))
+    indices = [guide.indices[:0]]
     parts = guide.split(new_loc, new_scale)  # views
     for site, (site_loc, site_scale) in zip(guide.sites, parts, strict=True):
         start = starts.get(site.name)
@@ -50,13 +47,10 @@ def warm_start(guide: AutoSparseNormal, source: AutoGuide | Mapping[str, Tensor]
             site_loc.copy_(start.loc.flatten()[chosen])
             if start.scale is not None:
                 site_scale.copy_(start.scale.flatten()[chosen])
-    loc.copy_(new_loc)
-    raw.copy_(constraint.inv(new_scale))
-    if indices:
-        guide.indices = torch.cat(indices)
+    guide.set_marginals(new_loc, new_scale, torch.cat(indices))
 
 
-def _from_guide(guide: AutoSparseNormal, source: AutoGuide) -> dict[str, Start] | None:
+def _from_guide(guide: AutoSparseGuide, source: AutoGuide) -> dict[str, Start] | None:
     """Locations and scales, if the source has them as AutoNormal does."""
     if not isinstance(source, AutoNormal):
         return None
@@ -72,7 +66,7 @@ def _from_guide(guide: AutoSparseNormal, source: AutoGuide) -> dict[str, Start] 
     return starts
 
 
-def _from_values(guide: AutoSparseNormal, values: Mapping[str, Tensor]) -> dict[str, Start]:
+def _from_values(guide: AutoSparseGuide, values: Mapping[str, Tensor]) -> dict[str, Start]:
     _refuse_unknown(guide, list(values))
     starts = {}
     for site in guide.sites:
@@ -93,7 +87,7 @@ def _shaped(site: Site, value: Tensor) -> Tensor:
     return value
 
 
-def _refuse_unknown(guide: AutoSparseNormal, names: list[str]) -> None:
+def _refuse_unknown(guide: AutoSparseGuide, names: list[str]) -> None:
     own = [site.name for site in guide.sites]
     unknown = [name for name in names if name not in own]
     if unknown:
