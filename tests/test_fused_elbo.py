@@ -11,6 +11,8 @@ from pyro.nn import PyroModule, PyroSample
 
 from pyro_ssvi import (
     SSVI,
+    AutoSparseDelta,
+    AutoSparseLowRankMultivariateNormal,
     AutoSparseNormal,
     ConstantSchedule,
     SubspaceModel,
@@ -126,11 +128,11 @@ class PyroMeanField(TraceMeanField_ELBO):
     """The same."""
 
 
-def train(model, loss, steps=6, create_plates=None, **kwargs):
+def train(model, loss, steps=6, create_plates=None, family=AutoSparseNormal, **kwargs):
     pyro.clear_param_store()
     pyro.set_rng_seed(1)
     model = MODELS[model]()
-    guide = AutoSparseNormal(model, density=0.3, create_plates=create_plates)
+    guide = family(model, density=0.3, create_plates=create_plates)
     schedule = ConstantSchedule(every=3)
     svi = SSVI(model, guide, pyro.optim.Adam({"lr": 0.01}), loss, schedule=schedule, **kwargs)
     losses = torch.tensor([svi.step(x, y) for _ in range(steps)], dtype=torch.float64)
@@ -147,6 +149,22 @@ def train(model, loss, steps=6, create_plates=None, **kwargs):
 def test_training_is_that_of_pyro_s_elbo(model, loss, pyro_s, kl_weight):
     fused, losses, state = train(model, loss(), kl_weight=kl_weight)
     own, own_losses, own_state = train(model, pyro_s(), kl_weight=kl_weight)
+    assert fused._fused is not None
+    assert own._fused is None
+    torch.testing.assert_close(losses, own_losses, rtol=1e-5, atol=1e-4)
+    for a, b in zip(state, own_state, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_ssvi.PerformanceWarning")
+@pytest.mark.parametrize("family", [AutoSparseDelta, AutoSparseLowRankMultivariateNormal])
+@pytest.mark.parametrize(
+    ("loss", "pyro_s"), [(Trace_ELBO, PyroTrace), (TraceMeanField_ELBO, PyroMeanField)]
+)
+@pytest.mark.parametrize("model", ["hierarchical", "handlers", "plates", "simplex"])
+def test_other_guides_train_as_with_pyro_s_elbo(model, loss, pyro_s, family):
+    fused, losses, state = train(model, loss(), family=family, kl_weight=0.5)
+    own, own_losses, own_state = train(model, pyro_s(), family=family, kl_weight=0.5)
     assert fused._fused is not None
     assert own._fused is None
     torch.testing.assert_close(losses, own_losses, rtol=1e-5, atol=1e-4)

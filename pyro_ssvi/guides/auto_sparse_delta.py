@@ -61,6 +61,6 @@ class AutoSparseDelta(AutoSparseGuide):
 
     def site_posterior(self, site: Site, loc: Tensor) -> dist.TorchDistribution:  # type: ignore[override]
         """The point of one site, given its part of ``loc``."""
-        return self._point(site, loc)
+        return self.point(site, loc)
 
     site_value = site_posterior

@@ -417,20 +417,20 @@ class AutoSparseGuide(AutoGuide):
         """Whether there can be a distribution with these parameters, ``[K]``."""
         return loc == loc
 
-    def _normal(self, site: Site, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
+    def normal(self, site: Site, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
         """Independent normals at a site's coordinates; transformed, where it is constrained."""
         loc, scale = loc.to(site.dtype), scale.to(site.dtype)
         if site.is_sparse:
             active = self.active_sets[site.name]
             return SparseNormal(loc, scale, active, site.event_dim, validate_args=False)
-        loc, scale = self._dense(site, loc), self._dense(site, scale)
+        loc, scale = self.dense(site, loc), self.dense(site, scale)
         normal = dist.Normal(loc, scale, validate_args=False).to_event(site.event_dim)
         if site.transform is None:
             return normal
         # With its cache, log_prob() needs no inverse: the sample's gradient is exact.
         return dist.TransformedDistribution(normal, [site.transform.with_cache()])
 
-    def _point(self, site: Site, value: Tensor, density: bool = False) -> dist.TorchDistribution:
+    def point(self, site: Site, value: Tensor, density: bool = False) -> dist.TorchDistribution:
         """A point at a site.
 
         :param value: of its unconstrained coordinates, ``[K]``.
@@ -440,7 +440,7 @@ class AutoSparseGuide(AutoGuide):
         value = value.to(site.dtype)
         if site.is_sparse:
             return SparseDelta(value, self.active_sets[site.name], site.event_dim)
-        value = self._dense(site, value)
+        value = self.dense(site, value)
         if site.transform is None:
             return dist.Delta(value, event_dim=site.event_dim)
         constrained = site.transform(value)
@@ -451,7 +451,7 @@ class AutoSparseGuide(AutoGuide):
         volume = sum_rightmost(volume, volume.dim() - constrained.dim() + event_dim)
         return TransformedDelta(constrained, -volume, event_dim)
 
-    def _dense(self, site: Site, flat: Tensor) -> Tensor:
+    def dense(self, site: Site, flat: Tensor) -> Tensor:
         """A dense site's part of a flat parameter in its shape; of what its plates choose."""
         dense = flat.reshape(site.shape)
         return pyro.subsample(dense, event_dim=site.event_dim) if site.frames else dense

@@ -98,11 +98,11 @@ class AutoSparseLowRankMultivariateNormal(AutoSparseNormal):
         self, site: Site, loc: Tensor, scale: Tensor, cov_factor: Tensor
     ) -> dist.TorchDistribution:
         """The marginals of one site, given its part of the flat parameters."""
-        return self._normal(site, *self.marginals(loc, scale, cov_factor))
+        return self.normal(site, *self.marginals(loc, scale, cov_factor))
 
     def site_value(self, site: Site, value: Tensor) -> dist.TorchDistribution:
         """One site, given its part of a draw of :meth:`joint`."""
-        return self._point(site, value, density=True)
+        return self.point(site, value, density=True)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         plates, flat = self._begin(args, kwargs)

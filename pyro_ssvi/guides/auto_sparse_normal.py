@@ -89,4 +89,4 @@ class AutoSparseNormal(AutoSparseGuide):
         self, site: Site, loc: Tensor, scale: Tensor
     ) -> dist.TorchDistribution:
         """The posterior of one site, given its part of the flat parameters."""
-        return self._normal(site, loc, scale)
+        return self.normal(site, loc, scale)

@@ -1,0 +1,512 @@
+"""What every guide here has to do, each guide against its dense twin, and one of a user's own."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoGuideList,
+    AutoLowRankMultivariateNormal,
+    AutoNormal,
+    init_to_value,
+)
+from pyro.poutine import block
+from torch.distributions import constraints
+
+from pyro_ssvi import (
+    SSVI,
+    AutoSparseDelta,
+    AutoSparseGuide,
+    AutoSparseLowRankMultivariateNormal,
+    AutoSparseNormal,
+    ConstantSchedule,
+    SparseDelta,
+    SparseNormal,
+    SparsePredictive,
+    SparseTensor,
+    SubspaceModel,
+    forbid_materialise,
+    load_posterior,
+)
+from pyro_ssvi.active_set import ActiveSet
+from pyro_ssvi.exchange import swap
+
+FAMILY = [AutoSparseNormal, AutoSparseDelta, AutoSparseLowRankMultivariateNormal]
+x, y = torch.randn(20, 6), torch.randn(20)
+
+
+def bnn(x, y=None):
+    w0 = pyro.sample("w0", dist.Normal(0.0, 1.0).expand([8, 6]).to_event(2))
+    b0 = pyro.sample("b0", dist.Normal(0.0, 1.0).expand([8]).to_event(1))
+    w1 = pyro.sample("w1", dist.Normal(0.0, 1.0).expand([1, 8]).to_event(2))
+    sigma = pyro.sample("sigma", dist.HalfNormal(1.0))
+    mean = F.linear(F.linear(x, w0, b0).tanh(), w1).squeeze(-1)
+    with pyro.plate("data", len(x)):
+        return pyro.sample("obs", dist.Normal(mean, sigma), obs=y)
+
+
+def zoo(x):
+    """Every kind of support, plates and event dimensions."""
+    pyro.sample("real", dist.Normal(0.5, 2.0))
+    pyro.sample("matrix", dist.Normal(0.0, 1.0).expand([4, 3]).to_event(2))
+    pyro.sample("positive", dist.Gamma(2.0, 1.0).expand([3]).to_event(1))
+    pyro.sample("interval", dist.Beta(2.0, 3.0).expand([2, 2]).to_event(2))
+    pyro.sample("simplex", dist.Dirichlet(torch.ones(4)))
+    pyro.sample("cholesky", dist.LKJCholesky(3, 1.0))
+    pyro.sample("mvn", dist.MultivariateNormal(torch.zeros(2), torch.eye(2)))
+    with pyro.plate("groups", 3, dim=-2):
+        pyro.sample("weight", dist.Laplace(0.0, 1.0).expand([3, 1, 5]).to_event(1))
+        with pyro.plate("data", x.shape[-1], dim=-1):
+            local = pyro.sample("local", dist.Normal(0.0, 1.0))
+            pyro.sample("bounded", dist.Uniform(-1.0, 2.0))
+            pyro.sample("obs", dist.Normal(local, 1.0), obs=x)
+
+
+def make_svi(family, model=bnn, density=0.3, every=3, loss=None, lr=0.01):
+    guide = family(model, density=density)
+    return SSVI(
+        model,
+        guide,
+        pyro.optim.Adam({"lr": lr}),
+        Trace_ELBO() if loss is None else loss,
+        schedule=ConstantSchedule(every=every),
+    )
+
+
+def loss_of(model, guide, *args):
+    pyro.clear_param_store()
+    pyro.set_rng_seed(3)
+    return Trace_ELBO(num_particles=2).differentiable_loss(model, guide, *args)
+
+
+@pytest.mark.parametrize("family", FAMILY)
+def test_the_contract(family, tmp_path):
+    """Shapes, gradients, exchanges, predictions, and files."""
+    with forbid_materialise():
+        svi = make_svi(family)
+        losses = [svi.step(x, y) for _ in range(12)]
+    guide = svi.guide
+    assert all(map(float, losses))
+    value = guide(x, y)["w0"]
+    assert isinstance(value, SparseTensor)
+    assert value.shape == (8, 6)
+    k = sum(len(active) for active in guide.active_sets.values())
+    for name, raw in zip(guide.raw_names, guide.parameters_in_place(), strict=True):
+        assert len(raw) == k
+        assert raw.grad is not None, name
+    for raw in guide.parameters_in_place():
+        raw.grad = None
+    loss_of(SubspaceModel(bnn), guide, x, y).backward()
+    for raw in guide.parameters_in_place():
+        assert raw.grad.abs().sum() > 0
+        raw.grad.zero_()
+
+    quantiles = guide.quantiles([0.1, 0.5, 0.9])
+    inactive = ~guide.active_sets["w0"].mask
+    assert (quantiles["w0"][:, inactive] == 0).all()
+    assert (quantiles["sigma"] > 0).all()
+    assert (quantiles["w0"].diff(dim=0) >= 0).all()
+    torch.testing.assert_close(guide.median()["w0"], quantiles["w0"][1])
+    posterior = guide.posterior()
+    assert posterior["w0"].mean.shape == (8, 6)
+    assert guide.summary().total.active == k
+    samples = SparsePredictive(bnn, guide, num_samples=4)(x)["obs"]
+    assert samples.shape == Predictive(bnn, guide=guide, num_samples=4)(x)["obs"].shape
+
+    svi.save(tmp_path / "a.ckpt")
+    svi.export(tmp_path / "a.posterior")
+    going_on = [svi.step(x, y) for _ in range(7)]
+    pyro.clear_param_store()
+    again = make_svi(family)
+    again.load(tmp_path / "a.ckpt")
+    assert [again.step(x, y) for _ in range(7)] == going_on
+    pyro.clear_param_store()
+    loaded = load_posterior(tmp_path / "a.posterior", bnn)
+    assert type(loaded) is family
+    loaded(x)
+    for key, value in loaded.median().items():
+        torch.testing.assert_close(value, quantiles[key][1])
+
+
+@pytest.mark.parametrize("family", FAMILY)
+@pytest.mark.parametrize("other", FAMILY)
+def test_a_state_of_another_class_is_refused(family, other):
+    if other is family:
+        return
+    state = make_svi(family)
+    state.step(x, y)
+    state = state.state_dict()
+    pyro.clear_param_store()
+    svi = make_svi(other)
+    with pytest.raises(ValueError, match="saved by a guide of another class"):
+        svi.load_state_dict(state)
+    assert svi.steps == 0
+    svi.step(x, y)
+
+
+# Density 1 is Pyro's own guide.
+
+
+@pytest.mark.parametrize(("model", "args"), [(bnn, (x, y)), (zoo, (torch.randn(3, 7),))])
+def test_delta_at_density_one_is_autodelta(model, args):
+    dense = AutoDelta(model)
+    dense(*args)
+    values = {name: value.detach() + 0.01 for name, value in dense(*args).items()}
+    values.pop("cholesky", None)
+    values.pop("simplex", None)
+    for name, value in values.items():
+        setattr(dense, name, value)
+    sparse = AutoSparseDelta(model, density=1.0, init_loc_fn=init_to_value(values=dense.median()))
+    sparse(*args)
+    expected = loss_of(model, dense, *args)
+    found = loss_of(SubspaceModel(model), sparse, *args)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        TraceMeanField_ELBO().differentiable_loss(SubspaceModel(model), sparse, *args),
+        expected,
+        rtol=1e-5,
+        atol=1e-4,
+    )
+
+
+def low_rank_twins(model, args, rank=3):
+    dense = AutoLowRankMultivariateNormal(model, rank=rank)
+    sparse = AutoSparseLowRankMultivariateNormal(model, density=1.0, rank=rank)
+    dense(*args)
+    pyro.clear_param_store()
+    sparse(*args)
+    pairs = [("loc", "loc"), ("scale_unconstrained",) * 2, ("cov_factor", "cov_factor")]
+    for theirs, mine in pairs:
+        target = sparse.get_parameter(mine if "scale" in mine else f"{mine}_unconstrained")
+        value = torch.randn_like(target) * 0.3
+        target.data.copy_(value)
+        source = dense.scale_unconstrained if "scale" in theirs else getattr(dense, theirs)
+        source.data.copy_(value)
+    return dense, sparse
+
+
+@pytest.mark.parametrize(("model", "args"), [(bnn, (x, y)), (zoo, (torch.randn(3, 7),))])
+def test_low_rank_at_density_one_is_autolowrank(model, args):
+    """Same parameters, same noise: the same loss and gradients, constrained sites included."""
+    dense, sparse = low_rank_twins(model, args)
+    expected = loss_of(model, dense, *args)
+    expected.backward()
+    found = loss_of(SubspaceModel(model), sparse, *args)
+    found.backward()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    for theirs, mine in [("loc", "loc"), ("cov_factor", "cov_factor")]:
+        torch.testing.assert_close(
+            sparse.get_parameter(f"{mine}_unconstrained").grad,
+            getattr(dense, theirs).grad,
+            rtol=1e-3,
+            atol=1e-3,
+        )
+
+
+def test_low_rank_marginals_are_those_of_its_draws():
+    guide = AutoSparseLowRankMultivariateNormal(bnn, density=0.4, rank=2, init_scale=0.5)
+    guide(x, y)
+    covariance = guide.joint(*guide.flat_parameters()).covariance_matrix
+    _, scale = guide.marginals(*guide.flat_parameters())
+    torch.testing.assert_close(covariance.diagonal(), scale.square())
+    torch.testing.assert_close(scale, torch.full_like(scale, 0.5))
+    draws = torch.stack([guide(x, y)["w0"].values for _ in range(4000)])
+    q = guide.posterior()["w0"]
+    torch.testing.assert_close(draws.std(0), q.scale, rtol=0.1, atol=0.0)
+    n = len(q.scale)
+    torch.testing.assert_close(draws.T.cov(), covariance[:n, :n], rtol=0.0, atol=0.03)
+
+
+def correlated(x, y=None):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([1, x.shape[1]]).to_event(2))
+    with pyro.plate("data", len(x)):
+        return pyro.sample("obs", dist.Normal(F.linear(x, w).squeeze(-1), 0.5), obs=y)
+
+
+def test_low_rank_at_the_exact_posterior_has_the_evidence_for_its_loss():
+    """Linear regression with correlated inputs: then every draw gives the log evidence."""
+    inputs = torch.randn(60, 1) + 0.3 * torch.randn(60, 6)
+    labels = inputs[:, :2].sum(-1) + 0.5 * torch.randn(60)
+    family = AutoSparseLowRankMultivariateNormal
+    guide = family(correlated, density=2 / 3, rank=4)
+    svi = SSVI(correlated, guide, pyro.optim.SGD({"lr": 0.0}), Trace_ELBO())
+    svi.step(inputs, labels)
+    part = inputs[:, guide.active_sets["w"].indices]
+    exact = (torch.eye(4) + part.T @ part / 0.25).inverse()
+    values, vectors = torch.linalg.eigh(exact)
+    variance = values[0] / 2
+    factor = vectors * (values / variance - 1).sqrt()
+    loc = exact @ part.T @ labels / 0.25
+    raw = guide._raw((loc, variance.sqrt().expand(4), factor))
+    for parameter, value in zip(guide.parameters_in_place(), raw, strict=True):
+        parameter.data.copy_(value)
+    joint = guide.joint(*guide.flat_parameters())
+    torch.testing.assert_close(joint.covariance_matrix, exact, rtol=1e-3, atol=1e-5)
+    marginal = torch.eye(60) * 0.25 + part @ part.T
+    evidence = dist.MultivariateNormal(torch.zeros(60), marginal).log_prob(labels)
+    for _ in range(5):
+        assert svi.step(inputs, labels) == pytest.approx(-evidence.item(), abs=1e-2)
+    assert svi._fused is not None
+    assert svi.evaluate_loss(inputs, labels) == pytest.approx(-evidence.item(), abs=1e-2)
+
+
+def test_low_rank_does_better_than_independent_normals_on_correlated_inputs():
+    inputs = torch.randn(60, 1) + 0.3 * torch.randn(60, 6)
+    labels = inputs[:, :2].sum(-1) + 0.5 * torch.randn(60)
+    losses = []
+    for family in (AutoSparseNormal, AutoSparseLowRankMultivariateNormal):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = make_svi(family, correlated, density=2 / 3, every=10**6, lr=0.03)
+        for _ in range(400):
+            svi.step(inputs, labels)
+        losses.append(sum(svi.evaluate_loss(inputs, labels) for _ in range(50)) / 50)
+    assert losses[1] < losses[0] - 0.3
+
+
+# Exchanges
+
+
+def test_delta_removes_the_smallest_and_adds_the_largest_gradients():
+    """RigL, by brute force."""
+    guide = AutoSparseDelta(bnn, density=0.25)
+    svi = SSVI(bnn, guide, pyro.optim.SGD({"lr": 0.0}), Trace_ELBO())
+    svi.step(x, y)
+    before = guide.active_sets["w0"]
+    dense = {name: value.requires_grad_() for name, value in guide.median().items()}
+    pyro.poutine.trace(pyro.poutine.condition(bnn, dense)).get_trace(x, y).log_prob_sum().backward()
+    gradient = dense["w0"].grad.flatten().abs()
+    gradient[before.indices] = -1.0
+    weights = dense["w0"].detach().flatten()[before.indices].abs()
+    svi.exchange(x, y, share=0.5)
+    after = set(guide.active_sets["w0"].indices.tolist())
+    stays = before.indices[weights.topk(6).indices].tolist()
+    assert after == {*stays, *gradient.topk(6).indices.tolist()}
+    new = torch.isin(guide.active_sets["w0"].indices, before.indices).logical_not()
+    assert (guide.posterior()["w0"].v[new] == 0).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_an_exchange_carries_every_parameter_and_its_moments(data):
+    family = data.draw(st.sampled_from(FAMILY))
+    pyro.clear_param_store()
+    pyro.set_rng_seed(data.draw(st.integers(0, 9)))
+    svi = make_svi(family, density={"w0": 0.25}, every=10**6)
+    for _ in range(2):
+        svi.step(x, y)
+    guide = svi.guide
+    active = guide.active_sets["w0"]
+    n = data.draw(st.integers(1, len(active)))
+    gone = torch.randperm(len(active))[:n]
+    free = torch.tensor(sorted(set(range(48)) - set(active.indices.tolist())))
+    came = free[torch.randperm(len(free))[:n]]
+    moments = [
+        svi.optim.optim_objs[raw].state[raw]["exp_avg"] for raw in guide.parameters_in_place()
+    ]
+    tensors = [*guide.parameters_in_place(), *moments]
+    rows = [dict(zip(active.indices.tolist(), t.detach().clone(), strict=False)) for t in tensors]
+    rest = [t[len(active) :].detach().clone() for t in tensors]
+    svi.addition = _Fixed(came)
+    svi.removal = lambda loc, scale: _first(gone, len(loc))
+    svi._exchange(n / len(active))
+    after = guide.active_sets["w0"].indices
+    assert (after.diff() > 0).all()
+    assert len(after) == len(active)
+    added = set(came.tolist())
+    for tensor, row, other in zip(tensors, rows, rest, strict=True):
+        for place, index in enumerate(after.tolist()):
+            if index not in added:
+                torch.testing.assert_close(tensor[place], row[index])
+        torch.testing.assert_close(tensor[len(active) :], other)
+    for moment in moments:
+        assert all((moment[after.tolist().index(index)] == 0).all() for index in added)
+    loc, scale = guide.marginals(*guide.flat_parameters())
+    new = torch.isin(after, came)
+    assert (loc[: len(after)][new] == 0).all()
+    if family is AutoSparseLowRankMultivariateNormal:
+        assert (guide.cov_factor[: len(after)][new] == 0).all()
+    if 0 < n < len(active) and family is not AutoSparseDelta:
+        stays = scale[: len(after)][~new].mean()
+        torch.testing.assert_close(scale[: len(after)][new], stays.expand(n), rtol=1e-4, atol=1e-6)
+
+
+class _Fixed:
+    """An addition that is told what to add."""
+
+    batches = 0
+
+    def __init__(self, came):
+        self.came = came
+
+    def choose(self, active, n, record):
+        return self.came
+
+
+def _first(gone, k):
+    scores = torch.ones(k)
+    scores[gone] = 0.0
+    return scores
+
+
+# What cannot work says so.
+
+
+def test_local_reparameterisation_needs_independent_weights():
+    for family in (AutoSparseDelta, AutoSparseLowRankMultivariateNormal):
+        with pytest.raises(ValueError, match="use AutoSparseNormal"):
+            SSVI(bnn, family(bnn), pyro.optim.Adam({}), TraceMeanField_ELBO(), local_reparam=True)
+
+
+def test_low_rank_refuses_local_sites():
+    def local(x):
+        with pyro.plate("data", 20, subsample_size=5):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="'z' is local to the subsampled plate 'data'"):
+        AutoSparseLowRankMultivariateNormal(local)(x)
+
+
+@pytest.mark.parametrize("rank", [0, 2.0, -1])
+def test_low_rank_refuses_a_rank(rank):
+    with pytest.raises(ValueError, match="rank > 0"):
+        AutoSparseLowRankMultivariateNormal(bnn, rank=rank)
+
+
+def test_low_rank_refuses_a_state_of_another_rank():
+    guide = AutoSparseLowRankMultivariateNormal(bnn, density=0.3, rank=2)
+    guide(x, y)
+    state = guide.state_dict()
+    pyro.clear_param_store()
+    with pytest.raises(RuntimeError, match="this guide has rank 3"):
+        AutoSparseLowRankMultivariateNormal(bnn, density=0.3, rank=3).load_state_dict(state)
+    pyro.clear_param_store()
+    other = AutoSparseLowRankMultivariateNormal(bnn, density=0.3)
+    other.load_state_dict(state)
+    assert other.rank == 2
+
+
+def test_low_rank_in_a_list_beside_another():
+    guide = AutoGuideList(bnn)
+    hidden = ["b0", "sigma"]
+    guide.append(AutoSparseLowRankMultivariateNormal(block(bnn, hide=hidden), density=0.3, rank=2))
+    guide.append(AutoNormal(block(bnn, expose=hidden)))
+    svi = SSVI(bnn, guide, pyro.optim.Adam({}), Trace_ELBO(), schedule=ConstantSchedule(every=2))
+    before = guide[0].active_sets if guide[0].sites else None
+    for _ in range(4):
+        svi.step(x, y)
+    assert before is None
+    assert set(guide(x, y)) >= {"w0", "w1", "b0", "sigma"}
+
+
+@pytest.mark.parametrize("family", FAMILY)
+def test_warm_start_from_autonormal(family):
+    dense = AutoNormal(bnn, init_scale=0.05)
+    svi = SVI(bnn, dense, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO())
+    for _ in range(20):
+        svi.step(x, y)
+    guide = family(bnn, density=0.3)
+    guide.warm_start(dense, x, y)
+    active = guide.active_sets["w0"]
+    torch.testing.assert_close(
+        active.gather(guide.median()["w0"]), active.gather(dense.median()["w0"])
+    )
+    if family is not AutoSparseDelta:
+        _, theirs = dense._get_loc_and_scale("w0")
+        torch.testing.assert_close(guide.posterior()["w0"].scale, active.gather(theirs))
+
+
+# A sparse point
+
+
+def test_sparse_delta():
+    active = ActiveSet(torch.tensor([1, 4, 5]), (2, 3))
+    v = torch.tensor([1.0, -2.0, 0.0], requires_grad=True)
+    point = SparseDelta(v, active)
+    assert point.rsample().to_dense().tolist() == [[0.0, 1.0, 0.0], [0.0, -2.0, 0.0]]
+    assert point.log_prob(point.rsample()) == 0
+    assert point.log_prob(torch.zeros(2, 3)) == -torch.inf
+    assert point.log_prob(point.rsample().to_dense()) == 0
+    assert point.variance.to_dense().abs().sum() == 0
+    rows = SparseDelta(v, active, event_dim=1)
+    assert rows.batch_shape == (2,)
+    assert rows.log_prob(rows.rsample()).tolist() == [0.0, 0.0]
+    wide = rows.expand([4, 2])
+    assert wide.rsample().shape == (4, 2, 3)
+    point.rsample().to_dense().sum().backward()
+    assert v.grad.tolist() == [1.0, 1.0, 1.0]
+    with pytest.raises(ValueError, match="SparseDelta expects v"):
+        SparseDelta(v[:2], active)
+
+
+# A guide of one's own
+
+
+class SparseLaplace(SparseNormal):
+    """Independent Laplace distributions at the active coordinates."""
+
+    def rsample(self, sample_shape=()):
+        laplace = dist.Laplace(self.loc, self.scale, validate_args=False)
+        return SparseTensor(laplace.rsample(sample_shape), self.active)
+
+    def _log_prob(self, values):
+        log_prob = dist.Laplace(self.loc, self.scale, validate_args=False).log_prob(values)
+        return SparseTensor(log_prob, self.active).to_dense().sum((-1, -2))
+
+
+class AutoSparseLaplace(AutoSparseGuide):
+    """Heavier tails than a normal."""
+
+    first_scale = 0.05
+
+    @property
+    def parameter_constraints(self):
+        return {"loc": constraints.real, "b": constraints.positive}
+
+    def from_marginals(self, loc, scale):
+        return loc, scale / 2**0.5
+
+    def marginals(self, loc, b):
+        return loc, b * 2**0.5
+
+    def site_posterior(self, site, loc, b):
+        if site.is_sparse:
+            return SparseLaplace(loc, b, self.active_sets[site.name], validate_args=False)
+        loc, b = self.dense(site, loc), self.dense(site, b)
+        laplace = dist.Laplace(loc, b, validate_args=False).to_event(site.event_dim)
+        if site.transform is None:
+            return laplace
+        return dist.TransformedDistribution(laplace, [site.transform.with_cache()])
+
+
+def test_a_guide_of_one_s_own(tmp_path):
+    svi = make_svi(AutoSparseLaplace, lr=0.03)
+    first = svi.guide.active_sets if svi.guide.sites else None
+    losses = [svi.step(x, y) for _ in range(150)]
+    assert first is None
+    assert sum(losses[-30:]) < sum(losses[:30])
+    guide = svi.guide
+    draws = torch.stack([guide(x, y)["w0"].values for _ in range(3000)])
+    loc, scale = guide.split(*guide.marginals(*guide.flat_parameters()))[0]
+    torch.testing.assert_close(draws.mean(0), loc, rtol=0.0, atol=0.1 * scale.max().item())
+    torch.testing.assert_close(draws.std(0), scale, rtol=0.15, atol=0.0)
+    svi.save(tmp_path / "a.ckpt")
+    going_on = [svi.step(x, y) for _ in range(5)]
+    pyro.clear_param_store()
+    again = make_svi(AutoSparseLaplace, lr=0.03)
+    again.load(tmp_path / "a.ckpt")
+    assert [again.step(x, y) for _ in range(5)] == going_on
+    with pytest.raises(ValueError, match=r"use svi\.save"):
+        svi.export(tmp_path / "a.posterior")
+
+
+def test_swap_is_what_an_exchange_is_made_of():
+    active = ActiveSet(torch.tensor([1, 4, 5]), (2, 3))
+    move = swap(active, torch.tensor([0]), torch.tensor([2]))
+    assert move.indices.tolist() == [2, 4, 5]
+    assert move.source.tolist() == [-1, 1, 2]
