@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-oldest lint bench soak docs figures quality wheel clean
+.PHONY: demo test test-oldest lint bench soak docs figures quality wheel audit clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/compare_with_autonormal.py --dataset digits
@@ -31,13 +31,27 @@ soak: $(VENV)/.installed
 quality: $(VENV)/.installed
 	$(BIN)/python benchmarks/quality.py --data-dir $(DATA_DIR) --quick
 
-# Builds the wheel, and runs the quick start with nothing of the repository but the wheel.
+# Builds the sdist, and the wheel from it. The quick start runs with each, in an environment that
+# has nothing of the repository, and of $(VENV) only the dependencies.
 wheel: $(VENV)/.installed
 	rm -rf build dist
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
-	$(BIN)/python -m pip install --quiet --no-deps --target build/alone dist/pyro_ssvi-*.whl
-	cd build && PYTHONPATH=alone ../$(BIN)/python -c "import pyro_ssvi; print(pyro_ssvi.__file__)"
-	cd build && PYTHONPATH=alone ../$(BIN)/python -m pytest -q ../tests/test_docs.py -k quickstart
+	$(BIN)/python -m pip install --quiet build
+	$(BIN)/python -m build .
+	set -e; for file in dist/*.tar.gz dist/*.whl; do \
+	    $(BIN)/python -m venv --clear build/alone; \
+	    build/alone/bin/python -m pip install --quiet --no-deps $$file; \
+	    $(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
+	        > $$(echo build/alone/lib/python*/site-packages)/dependencies.pth; \
+	    (cd build && alone/bin/python -m pytest -q ../tests/test_docs.py -k quickstart && \
+	        alone/bin/python -c "import pyro_ssvi as p; assert '/alone/' in p.__file__, p.__file__"); \
+	done
+
+# Known vulnerabilities of all that is installed. It fails, too, where they cannot be looked up.
+audit: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet pip-audit
+	mkdir -p build
+	$(BIN)/python -m pip freeze --exclude-editable > build/installed.txt
+	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement build/installed.txt
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/sphinx-build -W -b html docs docs/_build/html

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--hidden", type=int, default=400)
     parser.add_argument("--density", type=float, default=0.05)
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--batch-size", type=int, default=64, help="of each process")
+    parser.add_argument("--batch-size", type=int, default=128, help="of all processes together")
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--checkpoint", type=Path, help="written each epoch; if there, resumed")
     args = parser.parse_args(argv)
@@ -54,7 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     data = datasets.load(args.dataset, args.data_dir)
     train = TensorDataset(data.train_x, data.train_y)
     sampler = DistributedSampler(train)  # the same number of images for all
-    loader = DataLoader(train, args.batch_size, sampler=sampler)
+    # So that an epoch has as many steps in any number of processes.
+    loader = DataLoader(train, max(1, args.batch_size // world_size), sampler=sampler)
     steps = args.epochs * len(loader)
 
     sizes = data.train_x.shape[1], args.hidden, data.num_classes
@@ -73,16 +74,19 @@ def main(argv: list[str] | None = None) -> None:
     schedule = CosineSchedule(every=min(20, stop), stop=stop)
     optim = pyro.optim.Adam({"lr": args.lr})
     svi = DistributedSSVI(model, guide, optim, Trace_ELBO(), schedule=schedule)
+    # A buffer of the model is saved with it.
+    svi.model.register_buffer("epochs", torch.tensor(0, device=device))
     if args.checkpoint and args.checkpoint.exists():
         svi.load(args.checkpoint, map_location=device)
 
     test_x, test_y = data.test_x.to(device), data.test_y.to(device)
     predictive = SparsePredictive(model, guide, num_samples=16, return_sites=["_RETURN"])
-    for epoch in range(svi.steps // len(loader), args.epochs):
+    for epoch in range(int(svi.model.epochs), args.epochs):
         sampler.set_epoch(epoch)
         loss = 0.0
         for x, y in loader:
             loss = svi.step(x.to(device), y.to(device))
+        svi.model.epochs += 1
         if args.checkpoint:
             svi.save(args.checkpoint)
         if rank == 0:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
+from .errors import warn_caller
 from .gradient_record import GradientRecord
 from .random_state import check_random_state, leaving_no_trace, random_state, set_random_state
 from .safe_file import Format
@@ -31,6 +31,7 @@ __all__ = [
     "read_constraint",
     "restore",
     "schedule_state",
+    "stage",
     "state_of",
 ]
 
@@ -213,26 +214,28 @@ def restore(svi: Any, state: Mapping[str, Any], source: str = "the state") -> No
     :param source: where the state is from, for messages.
     :raises ValueError: if it does not fit, with all the differences; then nothing has changed.
     """
+    stage(svi, state, source).commit()
+
+
+def stage(svi: Any, state: Mapping[str, Any], source: str) -> Staged:
+    """A state that ``svi`` can take, as yet without a change; as :func:`restore`."""
     missing = [key for key in ("version", *_KEYS) if key not in state]
     if missing:
         raise ValueError(f"{source} is not what SSVI.state_dict() gives: it has no {missing}")
     FILES.check_version(state["version"], source)
     try:
-        staged = _Staged(svi, state)
+        staged = Staged(svi, state)
         was, has = (_described(each) for each in (state["schedule"], schedule_state(svi.schedule)))
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{source} is damaged: {error!r}") from error
     if staged.problems:
         raise ValueError(f"{source} does not fit this SSVI:\n  " + "\n  ".join(staged.problems))
     if was != has:
-        warnings.warn(
-            f"saved with the schedule {was}; training goes on with this SSVI's own, {has}",
-            stacklevel=3,
-        )
-    staged.commit()
+        warn_caller(f"saved with the schedule {was}; training goes on with this SSVI's own, {has}")
+    return staged
 
 
-class _Staged:
+class Staged:
     """A state that is ready to be taken, or the problems that forbid it."""
 
     def __init__(self, svi: Any, state: Mapping[str, Any]) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pyro
 import torch
@@ -19,7 +18,8 @@ from torch import Tensor
 from . import checkpoint, posterior
 from .active_set import ActiveSet
 from .addition import Gradient
-from .exchange import read_at
+from .errors import warn_caller
+from .exchange import Move, read_at, swap
 from .gradient_record import GradientRecord
 from .guides import AutoSparseGuide
 from .random_state import leaving_no_trace
@@ -49,8 +49,8 @@ class DistributedSSVI(SSVI):
 
     :param process_group: the processes that take part, by default all.
     :param args: as for :class:`~pyro_ssvi.SSVI`, as are ``kwargs``.
-    :raises RuntimeError: without a process group; and in a step or an exchange, in all processes,
-        if they do not agree in what they train.
+    :raises RuntimeError: without a process group; and in all processes, if they do not agree in
+        what they train, are not at the same point, or one of them has an error.
     """
 
     def __init__(
@@ -66,8 +66,14 @@ class DistributedSSVI(SSVI):
         self.process_group = process_group
         self.rank = dist.get_rank(process_group)
         self.world_size = dist.get_world_size(process_group)
+        if self.rank < 0:
+            raise ValueError(
+                "this process is not in process_group: make a DistributedSSVI only in those that "
+                f"are, {dist.get_process_group_ranks(process_group)}"
+            )
         # By name, once all processes have the same.
         self._params: dict[str, Tensor] = {}
+        self._num_losses = 0
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Take a step together with the other processes, as :meth:`pyro_ssvi.SSVI.step`.
@@ -83,8 +89,10 @@ class DistributedSSVI(SSVI):
         return super().exchange(*args, **kwargs)
 
     def state_dict(self) -> dict[str, Any]:
-        """As that of SSVI, with what belongs to one process only: the same in all of them."""
-        state = super().state_dict()
+        """As that of SSVI, with the record and the random state of each process as well."""
+        state = self._in_all("gather the state", super().state_dict)
+        if self._params:
+            self._check_equal()
         own = {key: state[key] for key in ("record", "random")}
         return {**state, "ranks": self._gathered(own)}
 
@@ -93,8 +101,11 @@ class DistributedSSVI(SSVI):
 
         Another number of processes draws other random numbers, and forgets gradients that wait
         for the next exchange.
+
+        :raises ValueError: if the state does not fit in one of the processes, and RuntimeError in
+            the others; then nothing has changed in any.
         """
-        self._restore(state, "the state")
+        self._restore(lambda: state, "the state")
 
     def save(self, path: str | os.PathLike) -> None:
         """Write :meth:`state_dict` to a file, in rank 0.
@@ -102,25 +113,30 @@ class DistributedSSVI(SSVI):
         :raises OSError: in all processes, if it could not be written.
         """
         state = self.state_dict()
-        self._in_first(lambda: checkpoint.FILES.write(path, state))
+        self._in_first("save", lambda: checkpoint.FILES.write(path, state))
 
     def load(self, path: str | os.PathLike, map_location: Any = None) -> None:
-        """Go on from a file, which only rank 0 reads.
+        """Go on from a file, which only rank 0 reads; as :meth:`load_state_dict`.
 
         :param map_location: as for :func:`torch.load`, of this process.
         """
-        content = self._in_first(Path(path).read_bytes)
-        self._restore(checkpoint.FILES.parse(content, path, map_location), str(path))
+        content = self._in_first("load", Path(path).read_bytes)
+        self._restore(lambda: checkpoint.FILES.parse(content, path, map_location), str(path))
 
     def export(self, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
         """As :meth:`pyro_ssvi.SSVI.export`, in rank 0; all processes call it."""
-        self._in_first(lambda: posterior.export(self, path, dtype))
+        self._in_first("export", lambda: posterior.export(self, path, dtype))
 
-    def _restore(self, state: Mapping[str, Any], source: str) -> None:
-        ranks = state.get("ranks", [])
-        same = len(ranks) == self.world_size
-        own = ranks[self.rank] if same else {"record": []}
-        checkpoint.restore(self, {**state, **own}, source=source)
+    def _restore(self, read: Callable[[], Mapping[str, Any]], source: str) -> None:
+        def stage() -> tuple[checkpoint.Staged, bool]:
+            state = read()
+            ranks = state.get("ranks", [])
+            same = len(ranks) == self.world_size
+            own = ranks[self.rank] if same else {"record": []}
+            return checkpoint.stage(self, {**state, **own}, source), same
+
+        staged, same = self._in_all("load", stage)
+        staged.commit()
         self._params = {}
         if not same and self.world_size > 1:
             # The file's generator, which is now that of all, says where each goes on.
@@ -133,11 +149,22 @@ class DistributedSSVI(SSVI):
         """Have all processes start from what rank 0 has."""
         if self._params or self.world_size == 1:
             return
-        with leaving_no_trace(), torch.no_grad(), poutine.trace(param_only=True) as capture:
-            self.loss(self.model, self.guide, *args, **kwargs)
+        capture = poutine.trace(param_only=True)
+
+        def run() -> Any:
+            with leaving_no_trace(), torch.no_grad(), capture:
+                return self.loss(self.model, self.guide, *args, **kwargs)
+
+        loss = self._in_all("take the first step", run)
         nodes = capture.trace.nodes
         params = {name: nodes[name]["value"].unconstrained() for name in sorted(nodes)}
-        self._compare(params)
+        self._compare(self._settings(params))
+        draws = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
+        if len(set(self._gathered(draws))) < self.world_size:
+            warn_caller(
+                "some processes draw the same random numbers, so their gradients have the same "
+                "errors: call pyro.set_rng_seed(seed + rank) in each"
+            )
         with torch.no_grad():
             for param in params.values():
                 self._take_from_first(param)
@@ -147,60 +174,87 @@ class DistributedSSVI(SSVI):
                 if not torch.equal(indices, guide.indices):
                     guide.indices = indices  # the old one is in active sets
             ours = [guide.indices for guide in self.guides]
-            for buffer in (*self.guide.buffers(), *self.model.buffers()):
+            for _, buffer in self._buffers():
                 if not any(buffer is indices for indices in ours):
                     self._take_from_first(buffer)
         self._params = params
+        self._num_losses = len(loss) if isinstance(loss, tuple) else 1
 
-    def _compare(self, params: dict[str, Tensor]) -> None:
-        """Raise if processes differ in what a later step would hang at, or be wrong about."""
+    def _buffers(self) -> Iterator[tuple[str, Tensor]]:
+        for kind, module in (("guide", self.guide), ("model", self.model)):
+            yield from module.named_buffers(prefix=kind)
+
+    def _settings(self, params: dict[str, Tensor]) -> dict[str, str]:
+        """What a later step would hang at, or be wrong about, if processes differed in it."""
         settings = {f"parameter {name!r}": _described(param) for name, param in params.items()}
+        settings |= {f"buffer {name!r}": _described(buffer) for name, buffer in self._buffers()}
+        for guide in self.guides:
+            for i, site in enumerate(guide.sites):
+                what = f"number {i}, {site.k} active of {tuple(site.shape)}"
+                settings[f"site {site.name!r}"] = what
         settings["schedule"] = str(checkpoint.schedule_state(self.schedule))
         settings["addition"] = f"{type(self.addition).__name__}(batches={self.addition.batches})"
-        settings["number of steps"] = str(self.steps)
-        draws = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
-        others = self._gathered((settings, draws))
-        for rank, (other, _) in enumerate(others):
-            for what in dict.fromkeys([*others[0][0], *other]):
-                was, has = others[0][0].get(what), other.get(what)
+        settings["loss"] = type(self._elbo).__name__
+        values = {"kl_weight": self.kl_weight, "local_reparam": self.local_reparam}
+        options = self.optim.pt_optim_args
+        if not callable(options):
+            values |= {f"option {key!r} of the optimizer": options[key] for key in options}
+        plain = (bool, int, float, str, tuple)
+        return settings | {key: str(v) for key, v in values.items() if isinstance(v, plain)}
+
+    def _compare(self, settings: dict[str, str]) -> None:
+        """Raise in all processes if they differ in one of these."""
+        first, *_ = others = self._gathered(settings)
+        for rank, other in enumerate(others):
+            for what in dict.fromkeys([*first, *other]):
+                was, has = first.get(what), other.get(what)
                 if was != has:
                     raise RuntimeError(
                         f"processes differ in {what}: rank 0 has {was}, rank {rank} has {has}"
                     )
-        if len({draws for _, draws in others}) < len(others):
-            warnings.warn(
-                "some processes draw the same random numbers, so their gradients have the same "
-                "errors: call pyro.set_rng_seed(seed + rank) in each",
-                stacklevel=4,
-            )
 
-    def _agreed(self, loss: Any, params: dict[str, Tensor]) -> tuple[Any, set[Tensor]]:
+    def _gradients(self, args: tuple, kwargs: dict) -> tuple[Any, dict[str, Tensor]]:
+        """The mean loss, and the parameters that any process used, with their mean gradients."""
         if self.world_size == 1:
-            return super()._agreed(loss, params)
-        unknown = sorted(params.keys() - self._params.keys())
-        losses = loss if isinstance(loss, tuple) else (loss,)
-        # Also tells which parameters to step, and which have a gradient: here it may be others.
-        used = [name in params for name in self._params]
-        graded = [name in params and params[name].grad is not None for name in self._params]
-        head = [*map(torch_item, losses), len(unknown), *used, *graded]
-        sums = torch.tensor(head, dtype=torch.float64, device=self._device)
-        dist.all_reduce(sums, group=self.process_group)
-        means = (sums[: len(losses)] / self.world_size).tolist()
-        any_unknown, *counts = sums[len(losses) :].tolist()
-        if any_unknown:
-            raise RuntimeError(
-                f"step {self.steps + 1} uses parameters that the first step did not use, in this "
-                f"process {unknown}: have all of them used in the first step"
-            )
-        self._params.update(params)
-        stepped, averaged = (
-            [param for param, count in zip(self._params.values(), part, strict=True) if count]
-            for part in (counts[: len(used)], counts[len(used) :])
-        )
+            return super()._gradients(args, kwargs)
+        now = self.steps + 1
+        loss: Any = 0.0
+        params: dict[str, Tensor] = {}
+        numbers: list[float] = []
+        error = None
+        try:
+            loss, params = super()._gradients(args, kwargs)
+            unknown = sorted(params.keys() - self._params.keys())
+            if unknown:
+                raise RuntimeError(
+                    f"step {now} uses parameters {unknown} that the first step did not use: have "
+                    "all of them used in the first step"
+                )
+            self._params.update(params)
+            losses = loss if isinstance(loss, tuple) else (loss,)
+            numbers += map(torch_item, losses)
+            # Also tells which parameters to step, and which have a gradient: here it may be others.
+            numbers += [name in params for name in self._params]
+            graded = [param.grad is not None for param in params.values()]
+            graded_names = {name for name, has in zip(params, graded, strict=True) if has}
+            numbers += [name in graded_names for name in self._params]
+        except Exception as caught:  # whatever it is, the others wait
+            error = caught
+        try:
+            due = " with an exchange" if self.schedule.due(now) else ""
+            rows = self._meet(f"take step {now}{due}", error, numbers)
+        except Exception:
+            self._drop_gradients(params)
+            raise
+        sums = [sum(column) for column in zip(*rows, strict=True)]
+        means = [each / self.world_size for each in sums[: len(losses)]]
+        counts = iter(sums[len(losses) :])
+        stepped = {name: param for name, param in self._params.items() if next(counts)}
+        averaged = [param for param in self._params.values() if next(counts)]
         for dtype in {param.dtype: None for param in averaged}:
             self._average([param for param in averaged if param.dtype == dtype])
         mean = type(loss)(*means) if hasattr(loss, "_fields") else tuple(means)
-        return mean if isinstance(loss, tuple) else means[0], set(stepped)
+        return mean if isinstance(loss, tuple) else means[0], stepped
 
     def _average(self, params: list[Tensor]) -> None:
         """The mean of gradients over all processes, in one message."""
@@ -211,47 +265,66 @@ class DistributedSSVI(SSVI):
         for param, part in zip(params, flat.split([p.numel() for p in params]), strict=True):
             param.grad = part.view_as(param)
 
+    def _look(self, args: tuple, kwargs: dict) -> None:
+        look = super()._look
+        self._in_all("exchange", lambda: look(args, kwargs))
+
     def _plan(self, guide: AutoSparseGuide, share: float, record: GradientRecord) -> dict:
+        plan = super()._plan
         if self.world_size == 1:
-            return super()._plan(guide, share, record)
-        active_sets = guide.active_sets.values()
-        recorded = torch.tensor([active in record for active in active_sets], device=self._device)
-        everywhere = recorded.to(torch.int64)
+            return plan(guide, share, record)
+        active_sets = guide.active_sets
+        recorded = [active in record for active in active_sets.values()]
+        everywhere = torch.tensor(recorded, device=self._device).to(torch.int64)
         dist.all_reduce(everywhere, op=dist.ReduceOp.MIN, group=self.process_group)
-        for active, kept in zip(active_sets, everywhere.tolist(), strict=True):
+        for active, kept in zip(active_sets.values(), everywhere.tolist(), strict=True):
             if not kept:
                 record.discard(active)
-        moves = super()._plan(guide, share, record)
-        # Equal, unless a criterion draws random numbers: rank 0's counts.
-        for move in moves.values():
-            self._take_from_first(move.indices)
-            self._take_from_first(move.source)
-        return moves
+        own = self._in_all("plan an exchange", lambda: plan(guide, share, record))
+        return {
+            name: self._merged(name, active_sets[name], move, record) for name, move in own.items()
+        }
 
-    def _choose(self, active: ActiveSet, n: int, record: GradientRecord) -> Tensor:
-        """The best by the mean gradient among those that are best for some process."""
-        if self.world_size == 1 or not isinstance(self.addition, Gradient):
-            return super()._choose(active, n, record)
-        try:
-            own, failed = self.addition.choose(active, n, record), False
-        except FloatingPointError:  # the others wait, and are to fail as well
-            own, failed = active.indices.new_zeros(n), True
+    def _merged(self, name: str, active: ActiveSet, move: Move, record: GradientRecord) -> Move:
+        """One move of all processes.
+
+        Those leave that do in rank 0: with a criterion that draws they may be others. Of those
+        that are to come in any process, the best come.
+        """
+        new = move.source < 0
+        added = move.indices[new]
+        leaves = torch.ones(len(active), dtype=torch.bool, device=active.device)
+        removed = leaves.index_fill_(0, move.source[~new], False).nonzero().squeeze(-1)
+        if isinstance(self.addition, Gradient):
+            added = self._best(self.addition, active, added, record)
+        for choice in (removed, added):
+            self._take_from_first(choice)
+        if added[0] < 0:
+            raise FloatingPointError(f"site {name!r}: its gradient is not finite")
+        return swap(active, removed, added)
+
+    def _best(
+        self, addition: Gradient, active: ActiveSet, own: Tensor, record: GradientRecord
+    ) -> Tensor:
+        """Of all that processes propose, as many as each does: the best by the mean gradient.
+
+        :param own: flat indices, ``[n]``.
+        :return: ``[n]``, or -1 everywhere if a score is not finite.
+        """
         proposed = [torch.empty_like(own) for _ in range(self.world_size)]
         dist.all_gather(proposed, own, group=self.process_group)
         candidates = torch.cat(proposed).unique()
         total = read_at(active, candidates, lambda a, b: record.block(active, a, b))
-        if failed:
-            total.fill_(torch.nan)
         dist.all_reduce(total, group=self.process_group)
-        scores, best = self.addition.scores(total / self.world_size).topk(n, sorted=False)
-        if not scores.isfinite().all():
-            raise FloatingPointError("its gradient is not finite")
-        return candidates[best]
+        scores, best = addition.scores(total / self.world_size).topk(len(own), sorted=False)
+        return torch.where(scores.isfinite().all(), candidates[best], -1)
 
     def _exchange(self, share: float, optim: torch.optim.Optimizer | None = None) -> dict[str, int]:
+        if self.world_size == 1:
+            return super()._exchange(share, optim)
+        self._compare({"share to exchange": str(share)})
         exchanged = super()._exchange(share, optim)
-        if self.world_size > 1:
-            self._check_equal()
+        self._check_equal()
         return exchanged
 
     def _check_equal(self) -> None:
@@ -272,6 +345,79 @@ class DistributedSSVI(SSVI):
                     "differ? Load the last checkpoint"
                 )
 
+    # Meetings, where all find out whether one has failed, or is somewhere else
+
+    def _meet(self, doing: str, error: Exception | None, numbers: list[float]) -> list[list]:
+        """Tell each other some numbers, or raise in all processes if one cannot go on.
+
+        :param doing: the same in all processes, or they are not at the same point.
+        :param error: what has gone wrong here.
+        :param numbers: as many in all processes; none if there is an error.
+        :return: those of each.
+        :raises FloatingPointError: if there is no other error in any process.
+        """
+        # One size for all meetings: gloo mixes up messages of different sizes.
+        size = self._num_losses + 2 * len(self._params)
+        digest = int.from_bytes(hashlib.sha256(doing.encode()).digest()[:6], "big")
+        own = [digest, error is not None, *numbers, *[0.0] * (size - len(numbers))]
+        rows = self._rows(own)
+        if any(row[0] != digest for row in rows):
+            self._raise_apart(doing)
+        if any(row[1] for row in rows):
+            self._raise_together(error)
+        return [row[2:] for row in rows]
+
+    def _rows(self, own: list[float]) -> list[list[float]]:
+        if not self._params:
+            return self._gathered(own)
+        head = torch.tensor(own, dtype=torch.float64, device=self._device)
+        heads = [torch.empty_like(head) for _ in range(self.world_size)]
+        dist.all_gather(heads, head, group=self.process_group)
+        return torch.stack(heads).tolist()
+
+    def _raise_apart(self, doing: str) -> NoReturn:
+        first, *_ = others = self._gathered(doing)
+        rank, other = next((r, other) for r, other in enumerate(others) if other != first)
+        raise RuntimeError(
+            f"rank 0 is to {first}, but rank {rank} to {other}: have all processes take as many "
+            "steps, and save and load together"
+        )
+
+    def _raise_together(self, error: Exception | None) -> NoReturn:
+        passable = isinstance(error, FloatingPointError)
+        text = "" if error is None else f"{type(error).__name__}: {error}"
+        others = self._gathered((text, passable))
+        # What skips an exchange in one process may not do so where another has to stop.
+        failed = [(skips, rank, text) for rank, (text, skips) in enumerate(others) if text]
+        skips, rank, text = min(failed)
+        if error is not None and passable == skips:
+            raise error
+        raise (FloatingPointError if skips else RuntimeError)(f"rank {rank} has failed: {text}")
+
+    def _in_all(self, doing: str, act: Callable[[], Any]) -> Any:
+        """What it gives here; if it fails in one process, there is an error in all of them."""
+        outcome, error = None, None
+        try:
+            outcome = act()
+        except Exception as caught:  # whatever it is, the others wait
+            error = caught
+        self._meet(doing, error, [])
+        return outcome
+
+    def _in_first(self, doing: str, use_file: Callable[[], Any]) -> Any:
+        """What it gives in rank 0, which alone calls it; or its error, in all processes."""
+        self._meet(doing, None, [])
+        outcome: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                outcome = [use_file()]
+            except Exception as error:
+                outcome = [error]
+        dist.broadcast_object_list(outcome, self._source, group=self.process_group)
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        return outcome[0]
+
     # Messages
 
     @property
@@ -287,19 +433,6 @@ class DistributedSSVI(SSVI):
         message = tensor.detach().contiguous()
         dist.broadcast(message, self._source, group=self.process_group)
         tensor.detach().copy_(message)
-
-    def _in_first(self, use_file: Callable[[], Any]) -> Any:
-        """What it gives in rank 0, which alone calls it; or its error, in all processes."""
-        outcome: list[Any] = [None]
-        if self.rank == 0:
-            try:
-                outcome = [use_file()]
-            except Exception as error:  # whatever it is, the others wait
-                outcome = [error]
-        dist.broadcast_object_list(outcome, self._source, group=self.process_group)
-        if isinstance(outcome[0], Exception):
-            raise outcome[0]
-        return outcome[0]
 
     def _gathered(self, value: Any) -> list:
         """What each has, in the order of ranks."""

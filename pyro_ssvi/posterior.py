@@ -109,11 +109,37 @@ def load_posterior(
 
     :param model: the model that the posterior is of.
     :param map_location: as for :func:`torch.load`.
-    :raises ValueError: for a file that is damaged or of another kind; at the guide's first call,
-        for one of another model.
-    :raises RuntimeError: if the model has other parameters or buffers than those saved.
+    :raises ValueError: for a file that is damaged or of another kind, or if the model has other
+        parameters or buffers; then nothing has changed. At the guide's first call, for one of
+        another model.
     """
     state = FILES.read(path, map_location)
+    # First everything is read and checked, then everything is changed.
+    try:
+        guide, values = _new_guide(state, model)
+        entries = {
+            name: (entry["value"], read_constraint(entry["constraint"]))
+            for name, entry in state["store"].items()
+        }
+        ours = model.state_dict() if isinstance(model, nn.Module) else {}
+        differences = _differences(state["model"], ours)
+    except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error
+    if isinstance(model, nn.Module) and differences:
+        raise ValueError(f"{path} is of another model: " + "; ".join(differences))
+    guide.load_state_dict(values)
+    if isinstance(model, nn.Module):
+        model.load_state_dict(state["model"])
+    store = pyro.get_param_store()
+    for name, (value, where) in entries.items():
+        if name in store:
+            del store[name]
+        store.setdefault(name, transform_to(where)(value), where)
+    return guide
+
+
+def _new_guide(state: dict[str, Any], model: Callable) -> tuple[AutoSparseGuide, dict[str, Any]]:
+    """A guide as yet without numbers, and its state."""
     rows = state["sites"]["sites"]
     sizes = {row["name"]: torch.Size(row["shape"]).numel() for row in rows}
     densities = {row["name"]: row["k"] / sizes[row["name"]] for row in rows}
@@ -126,13 +152,17 @@ def load_posterior(
         for name, constraint in guide.parameter_constraints.items()
     }
     indices = state["indices"].to(torch.int64)
-    guide.load_state_dict({**values, "indices": indices, "_extra_state": state["sites"]})
-    if isinstance(model, nn.Module):
-        model.load_state_dict(state["model"])
-    store = pyro.get_param_store()
-    for name, entry in state["store"].items():
-        if name in store:
-            del store[name]
-        where = read_constraint(entry["constraint"])
-        store.setdefault(name, transform_to(where)(entry["value"]), where)
-    return guide
+    return guide, {**values, "indices": indices, "_extra_state": state["sites"]}
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """What keeps a module's state from another: it would be loaded in part before it failed."""
+    lines = []
+    for key in dict.fromkeys([*theirs, *ours]):
+        was, has = (
+            tuple(getattr(part[key], "shape", ())) if key in part else None
+            for part in (theirs, ours)
+        )
+        if was != has:
+            lines.append(f"{key!r}: saved as {was}, here it is {has}")
+    return lines

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -26,15 +25,15 @@ from pyro.infer.util import torch_item, zero_grads
 from pyro.optim import PyroOptim
 from pyro.poutine import runtime
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from . import checkpoint, posterior
-from .active_set import ActiveSet
 from .addition import Addition, Gradient, addition_criterion
 from .criteria import removal_criterion
 from .distributions import SparseNormal, SubspaceMessenger, elementwise_base
-from .errors import NonFiniteWarning
+from .errors import NonFiniteWarning, warn_caller
 from .exchange import Move, smallest, swap
 from .fused_elbo import FusedELBO, NotFusedError
 from .gradient_record import GradientRecord
@@ -205,26 +204,14 @@ class SSVI(SVI):
         :return: the estimate of the loss, as :meth:`pyro.infer.SVI.step`.
         """
         now = self.steps + 1
-        feeds_exchange = any(self.schedule.due(now + i) for i in range(self.addition.batches))
-        with ExitStack() as stack:
-            if feeds_exchange:
-                self._collect(stack, args, kwargs)
-            with poutine.trace(param_only=True) as capture:
-                loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
-        nodes = capture.trace.nodes
-        loss, params = self._agreed(
-            loss, {name: nodes[name]["value"].unconstrained() for name in nodes}
-        )
+        loss, used = self._gradients(args, kwargs)
+        params = set(used.values())
         unknown = isinstance(self._elbo, TraceTailAdaptive_ELBO)  # it reports inf at all times
         finite = (unknown or _is_finite(loss)) and _have_finite_gradients(params)
         if finite:
             self.optim(params)
         else:
-            warnings.warn(
-                f"step {now} skipped: its loss or gradient is not finite",
-                NonFiniteWarning,
-                stacklevel=2,
-            )
+            warn_caller(f"step {now} skipped: its loss or gradient is not finite", NonFiniteWarning)
             self._record = GradientRecord()
         zero_grads(params)
         self.steps = now
@@ -234,12 +221,26 @@ class SSVI(SVI):
             return type(loss)(map(torch_item, loss))
         return torch_item(loss)
 
-    def _agreed(self, loss: Any, params: dict[str, Tensor]) -> tuple[Any, set[Tensor]]:
-        """The loss, and the parameters to step, with their gradients.
+    def _gradients(self, args: tuple, kwargs: dict) -> tuple[Any, dict[str, Tensor]]:
+        """The loss of a step, and the parameters it uses, by name, with their gradients."""
+        now = self.steps + 1
+        feeds_exchange = any(self.schedule.due(now + i) for i in range(self.addition.batches))
+        capture = poutine.trace(param_only=True)
+        try:
+            with ExitStack() as stack:
+                if feeds_exchange:
+                    self._collect(stack, args, kwargs)
+                with capture:
+                    loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
+        except BaseException:
+            self._drop_gradients(_used(capture))
+            raise
+        return loss, _used(capture)
 
-        :param params: those that were used, by name.
-        """
-        return loss, set(params.values())
+    def _drop_gradients(self, params: dict[str, Tensor]) -> None:
+        """Forget a step that has failed: the next one is not to add to what it left."""
+        zero_grads(set(params.values()))
+        self._record = GradientRecord()
 
     def _loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Any:
         weight = self._kl_weight()
@@ -293,10 +294,14 @@ class SSVI(SVI):
             share = self.schedule.share(self.steps)
         elif not 0 <= share <= 1:
             raise ValueError(f"expected a share in [0, 1], got {share!r}")
+        self._look(args, kwargs)
+        return self._exchange(share, optim)
+
+    def _look(self, args: tuple, kwargs: dict) -> None:
+        """Record what an exchange without a step is decided by."""
         self._record = GradientRecord()
         if isinstance(self.addition, Gradient):
             self._backward(args, kwargs, times=self.addition.samples)
-        return self._exchange(share, optim)
 
     def _kl_weight(self) -> float:
         if callable(self.kl_weight):
@@ -369,10 +374,13 @@ class SSVI(SVI):
         """Record gradients of one batch, and leave none with the parameters."""
         at_mean = isinstance(self.addition, Gradient) and self.addition.at == "mean"
         guide = _AtMean()(self.guide) if at_mean else self.guide
-        with poutine.trace(param_only=True) as capture, self._record:
-            for _ in range(times):
-                self.loss_and_grads(self.model, guide, *args, **kwargs)
-        zero_grads({node["value"].unconstrained() for node in capture.trace.nodes.values()})
+        capture = poutine.trace(param_only=True)
+        try:
+            with capture, self._record:
+                for _ in range(times):
+                    self.loss_and_grads(self.model, guide, *args, **kwargs)
+        finally:
+            zero_grads(set(_used(capture).values()))
 
     def _exchange(self, share: float, optim: torch.optim.Optimizer | None = None) -> dict[str, int]:
         record, self._record = self._record, GradientRecord()
@@ -380,11 +388,7 @@ class SSVI(SVI):
             # All sites are decided before any is changed.
             plans = [(guide, self._plan(guide, share, record)) for guide in self.guides]
         except FloatingPointError as error:
-            warnings.warn(
-                f"exchange after step {self.steps} skipped: {error}",
-                NonFiniteWarning,
-                stacklevel=3,
-            )
+            warn_caller(f"exchange after step {self.steps} skipped: {error}", NonFiniteWarning)
             return {}
         with uninterrupted():
             for guide, moves in plans:
@@ -418,14 +422,16 @@ class SSVI(SVI):
             if not scores.isfinite().all():
                 raise FloatingPointError(f"the removal scores of site {name!r} are not finite")
             try:
-                added = self._choose(active, n, record)
+                added = self.addition.choose(active, n, record)
             except FloatingPointError as error:
                 raise FloatingPointError(f"site {name!r}: {error}") from None
             moves[name] = swap(active, smallest(scores, n), added)
         return moves
 
-    def _choose(self, active: ActiveSet, n: int, record: GradientRecord) -> Tensor:
-        return self.addition.choose(active, n, record)
+
+def _used(capture: TraceMessenger) -> dict[str, Tensor]:
+    """The parameters that a run has used, by name, as what an optimizer steps."""
+    return {name: node["value"].unconstrained() for name, node in capture.trace.nodes.items()}
 
 
 def _check_weight(weight: float) -> float:

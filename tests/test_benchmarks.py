@@ -198,6 +198,15 @@ def test_prediction(tmp_path):
     assert rows == ["Predictive, AutoNormal", "SparsePredictive 10%"]
 
 
+def test_merged_candidates(tmp_path):
+    arguments = "--hidden 16 --density 0.2 --steps 16 --every 4 --seeds 1 --shards 1 2"
+    result = run("merged_candidates.py", arguments, tmp_path)
+    assert result.returncode == 0, result.stderr
+    alone, two = (line.split() for line in result.stdout.splitlines()[-2:])
+    assert alone[:3] == ["1", "100.0%", "100.0%"]
+    assert 50 < float(two[1].rstrip("%")) <= float(two[2].rstrip("%")) <= 100
+
+
 @pytest.mark.skipif(not Path("/proc/net/dev").exists(), reason="bytes are counted on Linux only")
 def test_distributed_step(tmp_path):
     arguments = "--hidden 32 --density 0.05 --batch-size 8 --steps 2 --rounds 2"

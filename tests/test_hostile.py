@@ -360,6 +360,28 @@ def test_a_model_that_raises_in_a_step_with_exchange():
     goes_on(svi)
 
 
+def test_a_failed_step_leaves_no_gradient_to_the_next():
+    """It fails in the second particle, when the first has had its backward pass."""
+    runs = []
+
+    def moody(x, y=None):
+        value = model(x, y)
+        runs.append(1)
+        if svi.steps == 2 and len(runs) == 2:
+            raise KeyboardInterrupt
+        return value
+
+    svi = make(moody, loss=lambda: Trace_ELBO(num_particles=2))
+    for _ in range(2):
+        svi.step(X, Y)
+    runs.clear()
+    with pytest.raises(KeyboardInterrupt):
+        svi.step(X, Y)
+    assert len(runs) == 2
+    assert not any(param.grad.any() for param in svi.guide.parameters())
+    goes_on(svi)
+
+
 @pytest.mark.parametrize("features", [5, 7])
 def test_a_model_whose_sites_change_their_shape(features):
     def wide(x, y=None):

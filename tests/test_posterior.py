@@ -202,6 +202,30 @@ def test_another_model(tmp_path):
 # A plain network
 
 
+@pytest.mark.parametrize("part", ["model", "sites", "loc", "store"])
+def test_a_file_without_a_part(tmp_path, part):
+    path = tmp_path / "a.posterior"
+    trained().export(path)
+    state = FILES.read(path)
+    del state[part]
+    FILES.write(path, state)
+    pyro.clear_param_store()
+    with pytest.raises(ValueError, match=f"is damaged: KeyError.'{part}'"):
+        load_posterior(path, model)
+    assert not list(pyro.get_param_store())
+
+
+def test_another_module_is_left_as_it_is(tmp_path):
+    trained(Regression()).export(tmp_path / "a.posterior")
+    pyro.clear_param_store()
+    other = Regression()
+    other.register_buffer("more", torch.zeros(2))
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    with pytest.raises(ValueError, match=r"another model: 'more': saved as None, here it is \(2,"):
+        load_posterior(tmp_path / "a.posterior", other)
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+
+
 def test_a_network_with_mean_weights():
     regression = Regression()
     svi = trained(regression)

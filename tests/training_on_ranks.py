@@ -166,14 +166,28 @@ def nan_in_one(rank, folder):
 def bad_score_in_one(rank, folder):
     """One process has scores that are not finite, of whatever the gradient is."""
     factor = torch.inf if rank == 1 else 1.0
-    svi = make_distributed(addition=Gradient(score=lambda gradient: gradient.abs() * factor))
+
+    def score(gradient):
+        return gradient.abs().nan_to_num() * factor
+
+    return skipped_exchange(rank, addition=Gradient(score=score))
+
+
+def bad_scores_in_all(rank, folder):
+    score = Gradient(score=lambda gradient: gradient * torch.nan)
+    return skipped_exchange(rank, addition=score)
+
+
+def skipped_exchange(rank, **options):
+    svi = make_distributed(**options)
     train(svi, 2)
     before = svi.guide.indices.clone()
     with warnings.catch_warnings(record=True) as record:
         warnings.simplefilter("always")
         svi.exchange(*batch_of(rank))
     caught = [str(warning.message) for warning in record]
-    return {"unchanged": torch.equal(before, svi.guide.indices), "caught": caught}
+    unchanged = torch.equal(before, svi.guide.indices)
+    return {"unchanged": unchanged, "caught": caught, "seen": train(svi, 3)}
 
 
 def site_unused_in_one(rank, folder):
@@ -211,19 +225,157 @@ def some_of_them(rank, folder):
     return {"seen": seen, "ends": ends}
 
 
+class Clock(ConstantSchedule):
+    """Exchanges at another step in each process."""
+
+    def due(self, step):
+        return step == 3 + dist.get_rank()
+
+
+def sized_buffer(rank):
+    net = Net()
+    net.register_buffer("sized", torch.zeros(3 + rank))
+    return net
+
+
+# What the processes are to have in common, and what each of them has.
+DIFFERENT = {
+    "density": lambda rank: {"density": 0.3 if rank == 0 else 0.4},
+    # As many active coordinates in all.
+    "shares of sites": lambda rank: {
+        "density": {"w0": 37 / 120 if rank == 1 else 0.3, "w1": 0.4 if rank == 1 else 0.5}
+    },
+    "schedule": lambda rank: {"schedule": ConstantSchedule(every=4 + rank)},
+    "steps to exchange": lambda rank: {"schedule": Clock(), "addition": Gradient()},
+    "buffer": lambda rank: {"model": sized_buffer(rank)},
+    "learning rate": lambda rank: {"optim": pyro.optim.Adam({"lr": 0.01 * (1 + rank)})},
+    "kl weight": lambda rank: {"kl_weight": 1.0 - 0.1 * rank},
+    "parameters": lambda rank: {},
+}
+
+
 def differ(rank, folder, what):
     """Processes that do not train the same thing."""
     x, y = batch_of(rank)
-    options = {}
-    if what == "density":
-        options["density"] = 0.3 if rank == 0 else 0.4
-    if what == "schedule":
-        options["schedule"] = ConstantSchedule(every=4 + rank)
-    svi = make_distributed(**options)
+    svi = make_distributed(**DIFFERENT[what](rank))
     svi.step(x, y)
     if what == "parameters" and rank == 1:
         svi.guide.loc_unconstrained.data += 1e-3
-    train(svi, 5)
+    train_alone(svi, 5, rank)
+
+
+def train_alone(svi, steps, rank):
+    """Go on to this step, and let nothing but steps tell how far the others are."""
+    while svi.steps < steps:
+        svi.step(*batch_of(rank))
+
+
+def other_share(rank, folder):
+    svi = make_distributed()
+    train_alone(svi, 1, rank)
+    svi.exchange(*batch_of(rank), share=0.2 + 0.1 * rank)
+
+
+def other_numbers_of_steps(rank, folder):
+    """As from loaders of different lengths."""
+    svi = make_distributed()
+    train_alone(svi, 5 + rank, rank)
+    svi.save(folder / "a.ckpt")
+
+
+def saved_with_other_parameters(rank, folder):
+    svi = make_distributed(schedule=ConstantSchedule(every=100))
+    train_alone(svi, 2, rank)
+    svi.guide.loc_unconstrained.data += 1e-3 * rank
+    svi.save(folder / "a.ckpt")
+
+
+def raising(rank, folder, at):
+    """The model of one process raises once, after it has made gradients of its first particle."""
+    calls = []
+
+    def model(x, y):
+        value = bnn(x, y)
+        if rank == 1 and svi.steps == at and not calls:
+            calls.append(1)
+            raise OSError("cannot read")
+        return value
+
+    svi = make_distributed(model)
+    train_alone(svi, at, rank)
+    before = svi.state_dict()
+    try:
+        svi.step(*batch_of(rank))
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+    if at:
+        after = svi.state_dict()
+        kept = fingerprint(before["guide"]) == fingerprint(after["guide"])
+        cleared = not any(param.grad.any() for param in svi.optim.optim_objs)
+    else:
+        kept = cleared = True
+    return {"told": told, "kept": kept, "cleared": cleared, "seen": train(svi)}
+
+
+def raising_in_exchange(rank, folder):
+    def model(x, y):
+        if rank == 1 and svi.steps == 2:
+            raise OSError("cannot read")
+        return bnn(x, y)
+
+    svi = make_distributed(model)
+    train_alone(svi, 2, rank)
+    svi.exchange(*batch_of(rank))
+
+
+def bad_removal_in_one(rank, folder):
+    def score(loc, scale):
+        return loc.new_full(loc.shape, torch.nan) if rank == 1 else loc
+
+    return skipped_exchange(rank, removal=score)
+
+
+def loaded_in_one_only(rank, folder):
+    """A file that does not fit in one of the processes."""
+    svi = make_distributed()
+    train_alone(svi, 5, rank)
+    svi.save(folder / "a.ckpt")
+    pyro.clear_param_store()
+    svi = make_distributed(density=0.4 if rank == 1 else 0.3)
+    try:
+        svi.load(folder / "a.ckpt")
+    except Exception as error:
+        return {"told": f"{type(error).__name__}: {error}", "steps": svi.steps}
+
+
+def outside(rank, folder):
+    """A process that is not in the group."""
+    group = dist.new_group([0])
+    if rank:
+        make_distributed(process_group=group)
+
+
+def where_warned(rank, folder):
+    """The files that warnings point at, of every kind."""
+    pyro.enable_validation(False)
+    x, y = batch_of(rank)
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        pyro.set_rng_seed(0)
+        svi = make_distributed()
+        train_alone(svi, 2, rank)
+        svi.step(x, y * torch.nan)
+        svi.addition = Gradient(score=lambda gradient: gradient * torch.nan)
+        svi.step(x, y)
+        svi.exchange(x, y)
+        state = svi.state_dict()
+        svi.schedule = ConstantSchedule(every=100)
+        svi.load_state_dict(state)
+        svi.schedule = ConstantSchedule(every=4)
+        svi.save(folder / "a.ckpt")
+        svi.schedule = ConstantSchedule(every=100)
+        svi.load(folder / "a.ckpt")
+    return [(Path(warning.filename).name, str(warning.message)) for warning in record]
 
 
 def same_seed(rank, folder):
@@ -285,8 +437,10 @@ CASES = {
     **{name: lambda rank, folder, name=name: agree(rank, folder, name) for name in SETTINGS},
     **{
         f"other {what}": lambda rank, folder, what=what: differ(rank, folder, what)
-        for what in ("density", "schedule", "parameters")
+        for what in DIFFERENT
     },
+    "raising in a step": partial(raising, at=2),
+    "raising in the first step": partial(raising, at=0),
     **{
         function.__name__.replace("_", " "): function
         for function in (
@@ -296,6 +450,15 @@ CASES = {
             load,
             nan_in_one,
             bad_score_in_one,
+            bad_scores_in_all,
+            bad_removal_in_one,
+            other_share,
+            other_numbers_of_steps,
+            saved_with_other_parameters,
+            raising_in_exchange,
+            loaded_in_one_only,
+            outside,
+            where_warned,
             site_unused_in_one,
             same_seed,
             not_all_use,
