@@ -243,10 +243,13 @@ class DistributedSSVI(SSVI):
         if failed:
             total.fill_(torch.nan)
         dist.all_reduce(total, group=self.process_group)
-        scores, best = self.addition.scores(total / self.world_size).topk(n, sorted=False)
-        if not scores.isfinite().all():
-            raise FloatingPointError("its gradient is not finite")
-        return candidates[best]
+        gradient = total / self.world_size
+
+        def top(n: int, score: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+            scores, best = score(gradient).topk(n, sorted=False)
+            return candidates[best], scores
+
+        return self.addition.choose_by(top, n)
 
     def _exchange(self, share: float, optim: torch.optim.Optimizer | None = None) -> dict[str, int]:
         exchanged = super()._exchange(share, optim)
