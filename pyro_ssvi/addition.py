@@ -130,7 +130,7 @@ Addition = Gradient | Random
 ADDITION: dict[str, Addition] = {
     "gradient": Gradient(),
     "sampled_gradient": Gradient(sampled=1.0),
-    "mixed_gradient": Gradient(sampled=0.5),
+    "mixed_gradient": Gradient(sampled=0.75),
     "random": Random(),
 }
 

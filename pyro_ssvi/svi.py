@@ -92,8 +92,8 @@ class SSVI(SVI):
     :param removal: name of a criterion in :mod:`pyro_ssvi.criteria`, or a ``callable(loc, scale)``
         that gives scores; the smallest are removed.
     :param addition: ``"gradient"``, as in the paper: where the gradient is largest;
-        ``"sampled_gradient"``: drawn in proportion to it; ``"mixed_gradient"``: half of them the
-        largest, half drawn; ``"random"``; an instance of a class in :mod:`pyro_ssvi.addition`, or
+        ``"sampled_gradient"``: drawn in proportion to it; ``"mixed_gradient"``: a quarter the largest,
+        the rest drawn; ``"random"``; an instance of a class in :mod:`pyro_ssvi.addition`, or
         a ``callable(gradient)`` that gives scores, the largest of which are added.
     :param schedule: when to exchange which share, see :mod:`pyro_ssvi.schedules`. Set ``stop``
         to about three quarters of your number of steps.

@@ -63,7 +63,7 @@ def test_what_is_no_criterion(spec):
 def test_names_and_bad_input():
     assert addition_criterion("gradient") == Gradient()
     assert addition_criterion("sampled_gradient") == Gradient(sampled=1.0)
-    assert addition_criterion("mixed_gradient") == Gradient(sampled=0.5)
+    assert addition_criterion("mixed_gradient") == Gradient(sampled=0.75)
     assert addition_criterion("random") == Random()
     assert addition_criterion(Gradient(batches=3)).batches == 3
     with pytest.raises(ValueError, match=r"'momentum'.*'gradient', 'mixed_gradient', 'random'"):
