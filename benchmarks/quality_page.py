@@ -104,9 +104,8 @@ def with_net(setting: Setting) -> str:
 
 
 def as_called(setting: Setting) -> str:
-    return f"{name(setting)}, " + (
-        "all by default" if setting.addition == "gradient" else 'addition="sampled_gradient"'
-    )
+    usual = setting.addition == "mixed_gradient"
+    return f"{name(setting)}, " + ("all by default" if usual else f'addition="{setting.addition}"')
 
 
 def difference(setting: Setting) -> str:

@@ -56,9 +56,14 @@ def wider() -> list[Setting]:
 
 
 def defaults() -> list[Setting]:
-    """What a user has who sets only a density, and with another addition."""
+    """What a user has who sets only a density, and with other additions."""
     at = replace(SPARSE, policy="uniform", init_loc="feasible")
-    return seeds([replace(at, addition="gradient"), at])
+    return seeds(
+        [
+            *(replace(at, addition="mixed_gradient", density=d) for d in (0.1, 0.05, 0.02)),
+            *(replace(at, addition=addition) for addition in ("gradient", "sampled_gradient")),
+        ]
+    )
 
 
 def criteria() -> list[Setting]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,9 +24,10 @@ class Gradient:
     estimated from draws in the last training steps, or replaced by its value at the mean.
 
     The largest gradients of one moment often belong to the same units and want the same thing.
-    ``sampled=True`` draws the added coordinates instead, without replacement, with probabilities
-    in proportion to their scores, by adding those that come first in an exponential race. That
-    takes a random number for each coordinate of the site.
+    ``sampled`` is the share of the added coordinates that is drawn instead, from all the others,
+    without replacement, with probabilities in proportion to their scores: those that come first
+    in an exponential race. That takes a random number for each coordinate of the site, and the
+    gradient a second time.
 
     :param batches: gradients are averaged over the last so many steps before an exchange.
     :param samples: and in each over so many draws; all but the step's own cost a pass each.
@@ -33,20 +35,22 @@ class Gradient:
         extra pass; ``"mean"`` makes an extra pass for each batch with q at its mean.
     :param score: ``score(gradient) -> scores`` of the same shape, elementwise; the largest are
         added. It sees a site's matrix by blocks of rows.
-    :param sampled: draw by score, instead of taking the largest.
+    :param sampled: share that is drawn by score, rounded down; the rest are the largest.
     """
 
     batches: int = 1
     samples: int = 1
     at: str = "sample"
     score: Callable[[Tensor], Tensor] = torch.abs
-    sampled: bool = False
+    sampled: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("batches", "samples"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"Gradient expects {name} >= 1, got {value!r}")
+        if not 0 <= self.sampled <= 1:
+            raise ValueError(f"Gradient expects sampled in [0, 1], got {self.sampled!r}")
         if self.at not in ("sample", "mean"):
             raise ValueError(f"Gradient expects at='sample' or at='mean', got {self.at!r}")
         if self.at == "mean" and self.samples > 1:
@@ -58,13 +62,25 @@ class Gradient:
         :raises FloatingPointError: if one of the ``n`` largest scores is not finite.
         """
 
-        def block(start: int, stop: int) -> Tensor:
-            return self.scores(record.block(active, start, stop))
+        def top(n: int, score: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+            return top_inactive(active, n, lambda a, b: score(record.block(active, a, b)))
 
-        added, scores = top_inactive(active, n, block)
-        # NaN and infinity come first among the largest.
-        if len(added) < n or not scores.isfinite().all():
-            raise FloatingPointError("its gradient is not finite")
+        return self.choose_by(top, n)
+
+    def choose_by(self, top: Callable[[int, Callable], tuple[Tensor, Tensor]], n: int) -> Tensor:
+        """``n`` coordinates, the largest and those that are drawn.
+
+        :param top: ``top(n, score)`` gives the coordinates whose gradients have the ``n`` largest
+            scores, and these.
+        :raises FloatingPointError: as :meth:`choose`.
+        """
+        drawn = math.floor(self.sampled * n)
+        added, _ = _finite(n - drawn, *top(n - drawn, self.scores))
+        if drawn:
+            # So many that enough are left when those that are added already have gone.
+            first, scores = _finite(n, *top(n, self.race))
+            scores = scores.masked_fill(torch.isin(first, added), -math.inf)
+            added = torch.cat([added, first[scores.topk(drawn, sorted=False).indices]])
         return added
 
     def scores(self, total: Tensor) -> Tensor:
@@ -81,10 +97,22 @@ class Gradient:
                 f"the addition criterion gave {scores.dtype} scores of shape "
                 f"{tuple(scores.shape)}, expected floats of shape {tuple(gradient.shape)}"
             )
-        if self.sampled:
-            times = torch.empty_like(scores).exponential_().clamp_(min=1e-20)
-            scores = scores / times
         return scores
+
+    def race(self, total: Tensor) -> Tensor:
+        """Scores by exponential times: the first in a race are the largest.
+
+        :param total: as for :meth:`scores`.
+        """
+        scores = self.scores(total)
+        return scores / torch.empty_like(scores).exponential_().clamp_(min=1e-20)
+
+
+def _finite(n: int, chosen: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    # NaN and infinity come first among the largest.
+    if len(chosen) < n or not scores.isfinite().all():
+        raise FloatingPointError("its gradient is not finite")
+    return chosen, scores
 
 
 @dataclass(frozen=True)
@@ -101,7 +129,8 @@ class Random:
 Addition = Gradient | Random
 ADDITION: dict[str, Addition] = {
     "gradient": Gradient(),
-    "sampled_gradient": Gradient(sampled=True),
+    "sampled_gradient": Gradient(sampled=1.0),
+    "mixed_gradient": Gradient(sampled=0.75),
     "random": Random(),
 }
 

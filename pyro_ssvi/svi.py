@@ -91,9 +91,10 @@ class SSVI(SVI):
         those that compile with torch.jit would keep the first active set.
     :param removal: name of a criterion in :mod:`pyro_ssvi.criteria`, or a ``callable(loc, scale)``
         that gives scores; the smallest are removed.
-    :param addition: ``"gradient"``, ``"random"``, an instance of a class in
-        :mod:`pyro_ssvi.addition`, or a ``callable(gradient)`` that gives scores; the largest are
-        added.
+    :param addition: ``"gradient"``, as in the paper: where the gradient is largest;
+        ``"sampled_gradient"``: drawn in proportion to it; ``"mixed_gradient"``: a quarter the largest,
+        the rest drawn; ``"random"``; an instance of a class in :mod:`pyro_ssvi.addition`, or
+        a ``callable(gradient)`` that gives scores, the largest of which are added.
     :param schedule: when to exchange which share, see :mod:`pyro_ssvi.schedules`. Set ``stop``
         to about three quarters of your number of steps.
     :param new_scale: standard deviation of an added coordinate, or ``"mean"``: the mean of those
@@ -116,7 +117,7 @@ class SSVI(SVI):
         loss: Any,
         *,
         removal: str | Callable[[Tensor, Tensor], Tensor] = "snr_abs",
-        addition: str | Addition | Callable[[Tensor], Tensor] = "gradient",
+        addition: str | Addition | Callable[[Tensor], Tensor] = "mixed_gradient",
         schedule: Schedule | None = None,
         new_scale: float | str = "mean",
         kl_weight: float | Callable[[int], float] = 1.0,

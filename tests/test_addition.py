@@ -62,13 +62,16 @@ def test_what_is_no_criterion(spec):
 
 def test_names_and_bad_input():
     assert addition_criterion("gradient") == Gradient()
-    assert addition_criterion("sampled_gradient") == Gradient(sampled=True)
+    assert addition_criterion("sampled_gradient") == Gradient(sampled=1.0)
+    assert addition_criterion("mixed_gradient") == Gradient(sampled=0.75)
     assert addition_criterion("random") == Random()
     assert addition_criterion(Gradient(batches=3)).batches == 3
-    with pytest.raises(ValueError, match=r"'momentum'.*'gradient', 'random'"):
+    with pytest.raises(ValueError, match=r"'momentum'.*'gradient', 'mixed_gradient', 'random'"):
         addition_criterion("momentum")
     with pytest.raises(ValueError, match="batches >= 1"):
         Gradient(batches=0)
+    with pytest.raises(ValueError, match="sampled in"):
+        Gradient(sampled=1.5)
     with pytest.raises(ValueError, match="samples >= 1"):
         Gradient(samples=1.5)
     with pytest.raises(ValueError, match="draws no samples"):
@@ -84,7 +87,7 @@ def test_sampled_is_in_proportion_to_the_score():
     record.add_dense(active, gradient)
     n, counts = 4000, torch.zeros(6)
     for _ in range(n):
-        counts[Gradient(sampled=True).choose(active, 1, record)] += 1
+        counts[Gradient(sampled=1.0).choose(active, 1, record)] += 1
     p = torch.tensor([1.0, 0.0, 2.0, 0.0, 3.0, 4.0]) / 10
     deviation = (counts / n - p) / (p * (1 - p) / n).sqrt().clamp(min=1e-9)
     assert deviation.abs().max() < 4.5
@@ -94,14 +97,51 @@ def test_sampled_is_without_replacement_and_by_blocks(setting, monkeypatch):
     active, record, _ = setting
     monkeypatch.setattr("pyro_ssvi.exchange.BLOCK_BYTES", 40)  # two rows
     for _ in range(50):
-        added = Gradient(sampled=True).choose(active, 10, record)
+        added = Gradient(sampled=1.0).choose(active, 10, record)
         assert len(added.unique()) == 10
         assert not torch.isin(added, active.indices).any()
 
 
-def test_sampled_where_the_gradient_is_not_finite_or_0(setting):
+@pytest.mark.parametrize("block_bytes", [40, 2**20])
+def test_a_share_is_sampled_and_the_rest_are_the_largest(setting, monkeypatch, block_bytes):
+    active, record, gradient = setting
+    monkeypatch.setattr("pyro_ssvi.exchange.BLOCK_BYTES", block_bytes)
+    score = gradient.abs().masked_fill(active.mask, -1).flatten()
+    largest = set(score.topk(4).indices.tolist())
+    others = set()
+    for _ in range(60):
+        added = Gradient(sampled=0.5).choose(active, 7, record)  # 3 are drawn
+        assert len(added.unique()) == 7
+        assert not torch.isin(added, active.indices).any()
+        assert largest <= set(added.tolist())
+        others |= set(added.tolist()) - largest
+    assert len(others) > 8  # of 14
+
+
+def test_those_sampled_beside_the_largest_are_in_proportion_to_the_score():
+    active = ActiveSet(torch.tensor([1]), (2, 3))
+    record = GradientRecord()
+    record.add_dense(active, torch.tensor([[1.0, 9.0, -2.0], [0.0, 3.0, -4.0]]))
+    n, counts = 4000, torch.zeros(6)
+    for _ in range(n):
+        counts[Gradient(sampled=0.5).choose(active, 2, record)] += 1
+    assert counts[5] == n
+    p = torch.tensor([1.0, 0.0, 2.0, 0.0, 3.0]) / 6
+    deviation = (counts[:5] / n - p) / (p * (1 - p) / n).sqrt().clamp(min=1e-9)
+    assert deviation.abs().max() < 4.5
+
+
+def test_one_coordinate_alone_is_the_largest(setting):
     active, record, _ = setting
-    assert len(Gradient(sampled=True, score=torch.zeros_like).choose(active, 4, record)) == 4
+    for _ in range(20):
+        added = Gradient(sampled=0.5).choose(active, 1, record)
+        assert added.equal(Gradient().choose(active, 1, record))
+
+
+@pytest.mark.parametrize("sampled", [0.5, 1.0])
+def test_sampled_where_the_gradient_is_not_finite_or_0(setting, sampled):
+    active, record, _ = setting
+    assert len(Gradient(sampled=sampled, score=torch.zeros_like).choose(active, 4, record)) == 4
     record.add_dense(active, torch.full((6, 5), float("nan")))
     with pytest.raises(FloatingPointError, match="not finite"):
-        Gradient(sampled=True).choose(active, 4, record)
+        Gradient(sampled=sampled).choose(active, 4, record)

@@ -71,7 +71,7 @@ class Sequences(RuleBasedStateMachine):
         density=st.sampled_from([0.15, 0.3, 0.9, 1.0]),
         every=st.integers(1, 4),
         removal=st.sampled_from(sorted(REMOVAL)),
-        addition=st.sampled_from(["gradient", "sampled_gradient", "random"]),
+        addition=st.sampled_from(["gradient", "sampled_gradient", "mixed_gradient", "random"]),
         loss=st.sampled_from([Trace_ELBO, TraceMeanField_ELBO]),
         seed=st.integers(0, 1000),
     )

@@ -214,7 +214,7 @@ def test_the_step_s_own_gradient_feeds_the_exchange():
     draws = []
     for every in (3, 10_000):
         pyro.set_rng_seed(0)
-        guide, svi = make(schedule=ConstantSchedule(every=every))
+        guide, svi = make(addition="gradient", schedule=ConstantSchedule(every=every))
         for _ in range(3):
             svi.step(x, y)
         draws.append((torch.randn(3), guide.active_sets["w0"]))
@@ -351,7 +351,9 @@ def test_nothing_is_recorded_in_a_normal_step(monkeypatch):
     "removal",
     ["abs_mean", "mean_abs", "snr", "snr_abs", "mean_exp_abs", "snr_exp_abs", lambda m, s: -s],
 )
-@pytest.mark.parametrize("addition", ["gradient", "random", lambda gradient: gradient])
+@pytest.mark.parametrize(
+    "addition", ["gradient", "mixed_gradient", "random", lambda gradient: gradient]
+)
 def test_every_pair_of_criteria(removal, addition):
     guide, svi = make(removal=removal, addition=addition, schedule=ConstantSchedule(every=2))
     svi.step(x, y)
