@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .active_set import ActiveSet, draw_distinct
-from .exchange import top_inactive
+from .exchange import top_inactive, unit_scores
 from .gradient_record import GradientRecord
 
 __all__ = ["Addition", "Gradient", "Random", "addition_criterion"]
@@ -52,23 +52,23 @@ class Gradient:
         if self.at == "mean" and self.samples > 1:
             raise ValueError("Gradient(at='mean') draws no samples: leave out samples=")
 
-    def choose(self, active: ActiveSet, n: int, record: GradientRecord) -> Tensor:
-        """``n`` inactive coordinates, as flat indices.
+    def choose(
+        self, active: ActiveSet, n: int, record: GradientRecord, room: Tensor | None = None
+    ) -> Tensor:
+        """``n`` inactive coordinates, or tiles of them, as flat indices of ``active.units``.
 
+        :param room: in groups that keep their number, how many of each.
         :raises FloatingPointError: if one of the ``n`` largest scores is not finite.
         """
-
-        def block(start: int, stop: int) -> Tensor:
-            return self.scores(record.block(active, start, stop))
-
-        added, scores = top_inactive(active, n, block)
+        units = unit_scores(active, lambda a, b: self.scores(record.block(active, a, b)))
+        added, scores = top_inactive(active, n, lambda a, b: self.race(units(a, b)), room=room)
         # NaN and infinity come first among the largest.
         if len(added) < n or not scores.isfinite().all():
             raise FloatingPointError("its gradient is not finite")
         return added
 
     def scores(self, total: Tensor) -> Tensor:
-        """What is compared, of the same shape as the gradient.
+        """The scores of coordinates, of the same shape as the gradient.
 
         :param total: the gradient's sum over batches and samples.
         """
@@ -81,10 +81,13 @@ class Gradient:
                 f"the addition criterion gave {scores.dtype} scores of shape "
                 f"{tuple(scores.shape)}, expected floats of shape {tuple(gradient.shape)}"
             )
-        if self.sampled:
-            times = torch.empty_like(scores).exponential_().clamp_(min=1e-20)
-            scores = scores / times
         return scores
+
+    def race(self, scores: Tensor) -> Tensor:
+        """What is compared: the scores, or the speeds of those who race for a place."""
+        if not self.sampled:
+            return scores
+        return scores / torch.empty_like(scores).exponential_().clamp_(min=1e-20)
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,17 @@ class Random:
 
     batches: int = 0
 
-    def choose(self, active: ActiveSet, n: int, record: GradientRecord) -> Tensor:
-        """``n`` inactive coordinates, as flat indices."""
-        return draw_distinct(active.numel(), n, exclude=active.indices)
+    def choose(
+        self, active: ActiveSet, n: int, record: GradientRecord, room: Tensor | None = None
+    ) -> Tensor:
+        """See :meth:`Gradient.choose`."""
+        units = active.units
+        if room is None:
+            return draw_distinct(units.numel(), n, exclude=units.indices)
+        cols = active.matrix_shape[1]
+        return top_inactive(
+            active, n, lambda a, b: torch.rand(b - a, cols, device=active.device), room=room
+        )[0]
 
 
 Addition = Gradient | Random

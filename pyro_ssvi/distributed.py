@@ -19,7 +19,7 @@ from torch import Tensor
 from . import checkpoint, posterior
 from .active_set import ActiveSet
 from .addition import Gradient
-from .exchange import read_at
+from .exchange import best, read_at
 from .gradient_record import GradientRecord
 from .guides import AutoSparseGuide
 from .random_state import leaving_no_trace
@@ -157,6 +157,8 @@ class DistributedSSVI(SSVI):
         settings = {f"parameter {name!r}": _described(param) for name, param in params.items()}
         settings["schedule"] = str(checkpoint.schedule_state(self.schedule))
         settings["addition"] = f"{type(self.addition).__name__}(batches={self.addition.batches})"
+        structures = [site.structure for guide in self.guides for site in guide.sites]
+        settings["structures"] = str(structures)
         settings["number of steps"] = str(self.steps)
         draws = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
         others = self._gathered((settings, draws))
@@ -228,25 +230,30 @@ class DistributedSSVI(SSVI):
             self._take_from_first(move.source)
         return moves
 
-    def _choose(self, active: ActiveSet, n: int, record: GradientRecord) -> Tensor:
+    def _choose(
+        self, active: ActiveSet, n: int, record: GradientRecord, room: Tensor | None
+    ) -> Tensor:
         """The best by the mean gradient among those that are best for some process."""
         if self.world_size == 1 or not isinstance(self.addition, Gradient):
-            return super()._choose(active, n, record)
+            return super()._choose(active, n, record, room)
         try:
-            own, failed = self.addition.choose(active, n, record), False
+            own, failed = self.addition.choose(active, n, record, room), False
         except FloatingPointError:  # the others wait, and are to fail as well
             own, failed = active.indices.new_zeros(n), True
         proposed = [torch.empty_like(own) for _ in range(self.world_size)]
         dist.all_gather(proposed, own, group=self.process_group)
         candidates = torch.cat(proposed).unique()
-        total = read_at(active, candidates, lambda a, b: record.block(active, a, b))
+        places, order = active.unit_coordinates(candidates).flatten().sort()
+        read = read_at(active, places, lambda a, b: record.block(active, a, b))
+        total = torch.empty_like(read).scatter_(0, order, read).view(len(candidates), -1)
         if failed:
             total.fill_(torch.nan)
         dist.all_reduce(total, group=self.process_group)
-        scores, best = self.addition.scores(total / self.world_size).topk(n, sorted=False)
+        scores = self.addition.race(self.addition.scores(total / self.world_size).sum(-1))
+        added, scores = best(active, candidates, scores, n, room)
         if not scores.isfinite().all():
             raise FloatingPointError("its gradient is not finite")
-        return candidates[best]
+        return added
 
     def _exchange(self, share: float, optim: torch.optim.Optimizer | None = None) -> dict[str, int]:
         exchanged = super()._exchange(share, optim)
