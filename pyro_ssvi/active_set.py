@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .tiling import Tiling
+
+if TYPE_CHECKING:
+    from .structures import Structure
 
 __all__ = ["CSR", "ActiveSet", "draw_distinct"]
 
@@ -36,10 +41,17 @@ class ActiveSet:
 
     :param indices: int64 ``[K]``, sorted and unique positions in the flattened site.
     :param shape: shape of the site.
-    :raises ValueError: if the indices are not a sorted set of positions in ``shape``.
+    :param structure: what coordinates are exchanged by, where not one by one.
+    :raises ValueError: if the indices are not a sorted set of positions in ``shape``, or do not
+        have the structure.
     """
 
-    def __init__(self, indices: Tensor, shape: Sequence[int]) -> None:
+    #: Of :mod:`pyro_ssvi.structures`, or ``None``.
+    structure: Structure | None = None
+
+    def __init__(
+        self, indices: Tensor, shape: Sequence[int], structure: Structure | None = None
+    ) -> None:
         self.shape = torch.Size(shape)
         self._indices: Tensor | None = indices
         self._device = indices.device
@@ -59,6 +71,9 @@ class ActiveSet:
                 f"ActiveSet expects sorted, unique indices in [0, {self.numel()}): "
                 "try indices.unique()"
             )
+        if structure is not None:
+            self.structure = structure
+            structure.check(self)
 
     @classmethod
     def full(cls, shape: Sequence[int], device: torch.device | None = None) -> ActiveSet:
@@ -111,7 +126,8 @@ class ActiveSet:
 
     def __getstate__(self) -> dict:
         # Matrix views are caches: they are not worth a byte in a file.
-        return {key: self.__dict__[key] for key in ("shape", "_indices", "_device")}
+        keys = ("shape", "_indices", "_device", "structure")
+        return {key: self.__dict__[key] for key in keys if key in self.__dict__}
 
     def same(self, other: ActiveSet) -> bool:
         """Whether both hold the same coordinates; free when they are one object."""
@@ -124,7 +140,7 @@ class ActiveSet:
             return self
         if self._indices is None:
             return ActiveSet.full(self.shape, device)
-        return ActiveSet(self.indices.to(device), self.shape)
+        return ActiveSet(self.indices.to(device), self.shape, self.structure)
 
     def gather(self, dense: Tensor) -> Tensor:
         """The active entries of a tensor.
@@ -158,6 +174,58 @@ class ActiveSet:
         if not self.shape:
             return (1, 1)
         return (self.shape[0], math.prod(self.shape[1:]))
+
+    def in_tiles(self, rows: int, cols: int) -> Tiling:
+        """The active coordinates as tiles of the site's matrix.
+
+        :raises ValueError: if they are not whole tiles.
+        """
+        if (rows, cols) not in self._tilings:
+            n, m = self.matrix_shape
+            row, column = self.indices // m, self.indices % m
+            first = (row % rows == 0) & (column % cols == 0)
+            units = (row // rows * (m // cols) + column // cols)[first]
+            whole = len(units) * rows * cols == len(self)
+            if whole:
+                tiling = Tiling(ActiveSet(units, (n // rows, m // cols)), (rows, cols))
+                whole = torch.equal(tiling.indices(), self.indices)
+            if not whole:
+                raise ValueError(
+                    f"ActiveSet of shape {tuple(self.shape)} expects whole tiles of "
+                    f"{rows} x {cols}, some have active and inactive coordinates"
+                )
+            self._tilings[rows, cols] = tiling
+        return self._tilings[rows, cols]
+
+    @cached_property
+    def _tilings(self) -> dict[tuple[int, int], Tiling]:
+        return {}
+
+    @cached_property
+    def tile(self) -> tuple[int, int]:
+        """Rows and columns of what an exchange moves as one."""
+        return (1, 1) if self.structure is None else self.structure.tile(self.shape)
+
+    @cached_property
+    def units(self) -> ActiveSet:
+        """What an exchange moves: the active tiles, in the grid of all tiles, or coordinates."""
+        return self if self.tile == (1, 1) else self.in_tiles(*self.tile).units
+
+    def unit_sums(self, values: Tensor) -> Tensor:
+        """The sum over each active unit, ``[K]`` to ``[U]``."""
+        if self.tile == (1, 1):
+            return values
+        return values[self.in_tiles(*self.tile).places].sum(-1)
+
+    def unit_coordinates(self, units: Tensor) -> Tensor:
+        """The flat positions in the site of all coordinates of some units, active or not.
+
+        :param units: flat indices in the shape of :attr:`units`, ``[n]``.
+        :return: int64 ``[n, size]``.
+        """
+        if self.tile == (1, 1):
+            return units.unsqueeze(-1)
+        return self.in_tiles(*self.tile).coordinates(units)
 
     def block_diagonal(self, groups: int) -> ActiveSet:
         """The site's matrix with its rows in ``groups`` blocks, each with columns of its own.

@@ -10,8 +10,21 @@ import torch
 from torch import Tensor
 
 from .active_set import ActiveSet
+from .structures import NM
+from .tiling import Tiling
 
-__all__ = ["Move", "carry", "read_at", "smallest", "swap", "top_inactive"]
+__all__ = [
+    "Move",
+    "best",
+    "carry",
+    "read_at",
+    "room",
+    "smallest",
+    "swap",
+    "top_inactive",
+    "unit_scores",
+    "weakest",
+]
 
 #: Bytes of scores held at once while a site is searched for coordinates to add.
 BLOCK_BYTES = 2 * 2**20
@@ -35,12 +48,51 @@ def smallest(scores: Tensor, n: int) -> Tensor:
     return scores.topk(n, largest=False, sorted=False).indices
 
 
+def weakest(active: ActiveSet, scores: Tensor, n: int) -> Tensor:
+    """The places, in ``active.units``, of the ``n`` that are to be removed.
+
+    :param scores: of the active coordinates, ``[K]``; those of a unit are summed.
+    """
+    structure = active.structure
+    if isinstance(structure, NM) and 2 * structure.n > structure.m:
+        # No more can leave a group than can come.
+        group = torch.arange(len(scores), device=scores.device) // structure.n
+        spare = _rank(group, -scores) < structure.m - structure.n
+        scores = scores.where(spare, math.inf)
+    return smallest(active.unit_sums(scores), n)
+
+
+def room(active: ActiveSet, removed: Tensor) -> Tensor | None:
+    """How many coordinates are to be added to each group, where groups keep their number.
+
+    :param removed: as for :func:`swap`.
+    :return: int64 ``[groups]``, or ``None`` where there are no groups.
+    """
+    if not isinstance(active.structure, NM):
+        return None
+    groups = active.numel() // active.structure.m
+    counts = torch.zeros(groups, dtype=torch.int64, device=active.device)
+    return counts.index_add_(0, removed // active.structure.n, torch.ones_like(removed))
+
+
 def swap(active: ActiveSet, removed: Tensor, added: Tensor) -> Move:
     """Take ``removed`` out of an active set and put ``added`` in.
 
-    :param removed: int64 ``[n]``, distinct places in ``active.indices``.
-    :param added: int64 ``[n]``, distinct flat indices of inactive coordinates.
+    :param removed: int64 ``[n]``, distinct places in ``active.units``.
+    :param added: int64 ``[n]``, distinct flat indices of inactive units.
     """
+    move = _swap(active.units, removed, added)
+    if active.units is active:
+        return move
+    old = active.in_tiles(*active.tile)
+    new = Tiling(ActiveSet(move.indices, old.units.shape), old.shape)
+    places = old.places[move.source.clamp(min=0)].where(move.source.unsqueeze(-1) >= 0, -1)
+    source = torch.empty_like(active.indices)
+    source.scatter_(0, new.places.flatten(), places.flatten())
+    return Move(new.indices(), source, move.size * math.prod(old.shape))
+
+
+def _swap(active: ActiveSet, removed: Tensor, added: Tensor) -> Move:
     assert len(removed) == len(added)
     leaves = torch.zeros(len(active), dtype=torch.int8, device=active.device)
     leaves.index_fill_(0, removed, 1)
@@ -63,26 +115,57 @@ def carry(tensor: Tensor, source: Tensor, first: Tensor) -> None:
     tensor.copy_(torch.where(new, first, moved))
 
 
+def unit_scores(
+    active: ActiveSet, block: Callable[[int, int], Tensor], block_bytes: int | None = None
+) -> Callable[[int, int], Tensor]:
+    """The scores of units, from those of coordinates, which are summed over each unit.
+
+    :param block: ``block(start, stop)`` gives the scores of these rows of the site's matrix.
+    :return: a function that gives those of rows of the units' matrix.
+    """
+    if active.units is active:
+        return block
+    rows, cols = active.tile
+
+    def summed(start: int, stop: int) -> Tensor:
+        if stop - start > 1:
+            scores = block(start * rows, stop * rows)
+            return scores.unflatten(0, (-1, rows)).unflatten(-1, (-1, cols)).sum((1, 3))
+        # Units may be as tall as the site.
+        step = _rows_at_once(active.matrix_shape[1], block_bytes)
+        parts = [
+            block(first, min(first + step, stop * rows)).unflatten(1, (-1, cols)).sum((0, 2))
+            for first in range(start * rows, stop * rows, step)
+        ]
+        return torch.stack(parts).sum(0, keepdim=True)
+
+    return summed
+
+
 def top_inactive(
     active: ActiveSet,
     n: int,
     block: Callable[[int, int], Tensor],
     block_bytes: int | None = None,
+    room: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The ``n`` inactive coordinates with the largest scores.
+    """The ``n`` inactive units, mostly single coordinates, with the largest scores.
 
     Scores are asked for by blocks of rows, and only those that may be among the largest are
     kept: the memory needed does not grow with the site.
 
-    :param block: ``block(start, stop)`` gives the scores of these rows of the site's matrix.
+    :param block: ``block(start, stop)`` gives the scores of these rows of the units' matrix, see
+        :func:`unit_scores`.
     :param block_bytes: size of a block of float32 scores, :data:`BLOCK_BYTES` by default.
+    :param room: how many are taken in each group, as :func:`room` gave.
     :return: their flat indices and scores, both ``[n]``. NaN counts as the largest score. Where
         there are not so many with a score above -inf, the rest have -inf, and any index, or are
         missing.
     """
+    step = _rows_at_once(active.matrix_shape[1] * active.tile[0], block_bytes)
+    structure, active = active.structure, active.units
     rows, cols = active.matrix_shape
-    step = _rows_at_once(cols, block_bytes)
-    if step >= rows:
+    if step >= rows and room is None:
         score = block(0, rows).reshape(-1).index_fill(0, active.indices, -math.inf)
         score, index = score.topk(n, sorted=False)
         return index, score
@@ -95,6 +178,10 @@ def top_inactive(
         candidate = (score <= least).logical_not_()  # not "larger than", which NaN would not be
         inside = active.indices[bounds[i] : bounds[i + 1]] - start * cols
         index = candidate.index_fill_(0, inside, False).nonzero().squeeze(-1)
+        if room is not None:
+            assert isinstance(structure, NM)
+            group = (index + start * cols) // structure.m
+            index = index[_rank(group, score[index]) < room[group]]
         scores.append(score[index])
         indices.append(index + start * cols)
         kept += len(index)
@@ -105,6 +192,34 @@ def top_inactive(
             if kept == n > 0:
                 least = score.min()
     return indices[0], scores[0]
+
+
+def best(
+    active: ActiveSet, candidates: Tensor, scores: Tensor, n: int, room: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Those of some inactive units that have the largest scores.
+
+    :param candidates: their flat indices, ``[m]``.
+    :param scores: ``[m]``.
+    :param room: as for :func:`top_inactive`.
+    :return: flat indices and scores, both ``[n]``.
+    """
+    if room is not None:
+        assert isinstance(active.structure, NM)
+        group = candidates // active.structure.m
+        scores = scores.where(_rank(group, scores) < room[group], -math.inf)
+    top, place = scores.topk(n, sorted=False)
+    return candidates[place], top
+
+
+def _rank(group: Tensor, scores: Tensor) -> Tensor:
+    """The rank of each score in its group, the largest first: 0, 1, ..; groups are sorted."""
+    order = scores.argsort(descending=True)
+    order = order[group[order].argsort(stable=True)]
+    sizes = group.unique_consecutive(return_counts=True)[1] if len(group) else group
+    rank = torch.arange(len(group), device=group.device)
+    rank -= torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
+    return torch.empty_like(rank).scatter_(0, order, rank)
 
 
 def read_at(

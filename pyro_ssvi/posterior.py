@@ -19,6 +19,7 @@ from .guides import (
     AutoSparseNormal,
 )
 from .safe_file import Format
+from .structures import read_structure
 
 if TYPE_CHECKING:
     from .svi import SSVI
@@ -143,9 +144,13 @@ def _new_guide(state: dict[str, Any], model: Callable) -> tuple[AutoSparseGuide,
     rows = state["sites"]["sites"]
     sizes = {row["name"]: torch.Size(row["shape"]).numel() for row in rows}
     densities = {row["name"]: row["k"] / sizes[row["name"]] for row in rows}
+    structures = {row["name"]: read_structure(row.get("structure")) for row in rows}
+    structures = {name: each for name, each in structures.items() if each is not None}
     kinds: dict[str, Any] = {kind.__name__: kind for kind in KINDS}
     # Older files do not tell.
-    guide = kinds[state.get("guide", "AutoSparseNormal")](model, density=densities)
+    guide = kinds[state.get("guide", "AutoSparseNormal")](
+        model, density=densities, structure=structures
+    )
     dtype = getattr(torch, state["dtype"])
     values = {
         f"{name}_unconstrained": transform_to(constraint).inv(state[name].to(dtype))

@@ -34,7 +34,7 @@ from .addition import Addition, Gradient, addition_criterion
 from .criteria import removal_criterion
 from .distributions import SparseNormal, SubspaceMessenger, elementwise_base
 from .errors import NonFiniteWarning, warn_caller
-from .exchange import Move, smallest, swap
+from .exchange import Move, room, swap, weakest
 from .fused_elbo import FusedELBO, NotFusedError
 from .gradient_record import GradientRecord
 from .guides import AutoSparseGuide
@@ -409,7 +409,8 @@ class SSVI(SVI):
         parts = guide.split(*guide.for_removal())
         for site, (loc, scale) in zip(guide.sites, parts, strict=True):
             name, active = site.name, active_sets[site.name]
-            n = min(math.floor(share * len(active) + 0.5), active.numel() - len(active))
+            units = active.units
+            n = min(math.floor(share * len(units) + 0.5), units.numel() - len(units))
             if n == 0:
                 continue
             if isinstance(self.addition, Gradient) and active not in record:
@@ -422,12 +423,20 @@ class SSVI(SVI):
                 )
             if not scores.isfinite().all():
                 raise FloatingPointError(f"the removal scores of site {name!r} are not finite")
+            removed = weakest(active, scores, n)
             try:
-                added = self.addition.choose(active, n, record)
+                added = self._choose(active, n, record, room(active, removed))
             except FloatingPointError as error:
                 raise FloatingPointError(f"site {name!r}: {error}") from None
-            moves[name] = swap(active, smallest(scores, n), added)
+            moves[name] = swap(active, removed, added)
         return moves
+
+    def _choose(
+        self, active: ActiveSet, n: int, record: GradientRecord, room: Tensor | None
+    ) -> Tensor:
+        if room is None:  # which a criterion of the user's need not know
+            return self.addition.choose(active, n, record)
+        return self.addition.choose(active, n, record, room)
 
 
 def _used(capture: TraceMessenger) -> dict[str, Tensor]:

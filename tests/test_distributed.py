@@ -9,7 +9,7 @@ import pyro
 import pytest
 import torch
 from pyro.infer.util import zero_grads
-from training_on_ranks import SETTINGS, batch_of
+from training_on_ranks import SETTINGS, batch_of, structured
 from training_to_resume import X, Y, make
 
 from pyro_ssvi import ActiveSet, ConstantSchedule, load_posterior
@@ -19,6 +19,7 @@ from pyro_ssvi.exchange import read_at, smallest, swap
 from pyro_ssvi.gradient_record import GradientRecord
 from pyro_ssvi.optimizer_state import carry_state
 from pyro_ssvi.random_state import random_state, set_random_state
+from pyro_ssvi.structures import Tiles
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="needs torch.distributed"
@@ -85,11 +86,15 @@ def double():
 
 
 @pytest.mark.usefixtures("double")
-def test_steps_and_exchanges_are_those_of_the_mean_gradient(processes, tmp_path):
+@pytest.mark.parametrize(
+    ("case", "guide"),
+    [("gradients", lambda: None), ("gradients of tiles", lambda: structured(Tiles(2, 3)))],
+)
+def test_steps_and_exchanges_are_those_of_the_mean_gradient(processes, tmp_path, case, guide):
     world_size = 3
-    ends = results(processes("gradients", world_size, tmp_path))
+    ends = results(processes(case, world_size, tmp_path))
     pyro.clear_param_store()
-    svi = make()
+    svi = make(guide=guide())
     svi.addition, svi.schedule = Gradient(), ConstantSchedule(every=2)
     svi.load_state_dict(ends[0]["start"])
     random = [own["random"] for own in ends[0]["start"]["ranks"]]
@@ -121,22 +126,28 @@ def test_steps_and_exchanges_are_those_of_the_mean_gradient(processes, tmp_path)
                 torch.testing.assert_close(end["end"]["guide"][key], value, rtol=1e-9, atol=1e-12)
 
 
+def by_tile(active, matrix):
+    (rows, cols), (n, m) = active.tile, active.matrix_shape
+    return matrix.reshape(n // rows, rows, m // cols, cols).sum((1, 3)).flatten()
+
+
 def exchange_by_hand(svi, records):
     """Each record's best inactive coordinates are candidates, the best of the mean are added."""
     moves = {}
     posterior = svi.guide.posterior()
     for name, active in svi.guide.active_sets.items():
-        n = min(int(0.3 * len(active) + 0.5), active.numel() - len(active))
+        units = active.units
+        n = min(int(0.3 * len(units) + 0.5), units.numel() - len(units))
         if n == 0:
             continue
-        each = [record.block(active, 0, active.matrix_shape[0]).flatten() for record in records]
+        each = [record.block(active, 0, active.matrix_shape[0]) for record in records]
         best = set()
         for gradient in each:
-            inactive = gradient.abs().index_fill(0, active.indices, -1.0)
+            inactive = by_tile(active, gradient.abs()).index_fill(0, units.indices, -1.0)
             best |= set(inactive.topk(n).indices.tolist())
-        mean = torch.stack(each).mean(0).abs()
+        mean = by_tile(active, torch.stack(each).mean(0).abs())
         added = torch.tensor(sorted(best, key=lambda i: -mean[i])[:n])
-        scores = svi.removal(posterior[name].loc, posterior[name].scale)
+        scores = active.unit_sums(svi.removal(posterior[name].loc, posterior[name].scale))
         moves[name] = swap(active, smallest(scores, n), added)
     source = svi.guide.exchange(moves)
     for param in svi.guide.parameters_in_place():

@@ -21,10 +21,11 @@ from pyro.distributions import Normal
 from pyro.infer import ReweightedWakeSleep, TraceMeanField_ELBO
 from training_to_resume import Net, X, Y, bnn, fingerprint, guide_list, make, regression
 
-from pyro_ssvi import ConstantSchedule, checkpoint
+from pyro_ssvi import AutoSparseNormal, ConstantSchedule, checkpoint
 from pyro_ssvi.addition import Gradient
 from pyro_ssvi.distributed import DistributedSSVI
 from pyro_ssvi.safe_file import Format
+from pyro_ssvi.structures import NM, Tiles
 
 SEED = 7
 STEPS = 10
@@ -68,6 +69,10 @@ class Oddities(Net):
         self.register_buffer("turned", torch.rand(3, 2).t())
 
 
+def structured(structure):
+    return AutoSparseNormal(bnn, density={"w0": 0.25, "w1": 0.3}, structure={"w0": structure})
+
+
 def random_score(loc, scale):
     return torch.rand_like(loc)
 
@@ -87,6 +92,8 @@ SETTINGS = {
     "module": lambda: {"model": Net()},
     "frozen parameters and odd buffers": lambda: {"model": Oddities()},
     "list of guides": lambda: {"guide": guide_list().guide},
+    "tiles": lambda: {"guide": structured(Tiles(2, 3))},
+    "groups": lambda: {"guide": structured(NM(1, 4)), "addition": "sampled_gradient"},
     "wake-sleep": lambda: {
         "model": regression,
         "density": {"w": 0.5},
@@ -120,10 +127,12 @@ def one_process(rank, folder):
     return ends
 
 
-def gradients(rank, folder):
+def gradients(rank, folder, structure=None):
     """Steps and exchanges in float64: where it went from and to, and the random states."""
     torch.set_default_dtype(torch.float64)
-    svi = make_distributed(addition=Gradient(), schedule=ConstantSchedule(every=2))
+    guide = None if structure is None else structured(structure)
+    schedule = ConstantSchedule(every=2)
+    svi = make_distributed(guide=guide, addition=Gradient(), schedule=schedule)
     x, y = (part.double() for part in batch_of(rank))
     svi._begin((x, y), {})
     start = svi.state_dict()
@@ -434,6 +443,7 @@ def cannot_load(rank, folder):
 
 
 CASES = {
+    "gradients of tiles": partial(gradients, structure=Tiles(2, 3)),
     **{name: lambda rank, folder, name=name: agree(rank, folder, name) for name in SETTINGS},
     **{
         f"other {what}": lambda rank, folder, what=what: differ(rank, folder, what)

@@ -10,7 +10,7 @@ from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
 
 from .auto_sparse_guide import AutoSparseGuide
-from .prototype import Density
+from .prototype import Density, Structures
 from .site_table import Site
 
 __all__ = ["AutoSparseDelta"]
@@ -41,11 +41,16 @@ class AutoSparseDelta(AutoSparseGuide):
         model: Callable,
         *,
         density: Density = 0.1,
+        structure: Structures = None,
         init_loc_fn: Callable = init_to_median,
         create_plates: Callable | None = None,
     ) -> None:
         super().__init__(
-            model, density=density, init_loc_fn=init_loc_fn, create_plates=create_plates
+            model,
+            density=density,
+            structure=structure,
+            init_loc_fn=init_loc_fn,
+            create_plates=create_plates,
         )
 
     def from_marginals(self, loc: Tensor, scale: Tensor) -> tuple[Tensor, ...]:

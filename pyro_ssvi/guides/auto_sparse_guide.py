@@ -27,7 +27,8 @@ from ..distributions import SparseDelta, SparseNormal, TransformedDelta, is_elem
 from ..exchange import Move, carry
 from ..random_state import leaving_no_trace
 from ..sparse_tensor import SparseTensor
-from .prototype import Density, ShapesMessenger, SparseInitMessenger
+from ..structures import Structure
+from .prototype import Density, ShapesMessenger, SparseInitMessenger, Structures
 from .site_table import (
     Site,
     density_differences,
@@ -66,10 +67,12 @@ class AutoSparseGuide(AutoGuide):
     :param init_loc_fn: a per-site initialization function, see Pyro's autoguide documentation.
         Pyro's own functions draw K numbers for a sparse site; any other gives a value of the
         site's full shape once, of which the active entries are taken.
+    :param structure: what is active and exchanged as one, see :mod:`pyro_ssvi.structures`: of
+        every sparse site, or a mapping from names of some.
     :param create_plates: as for AutoNormal.
     :raises ValueError: at once for a density outside (0, 1]; at the first call for a name that
-        the model does not have, a site that cannot be sparse, or one that would get no active
-        coordinates.
+        the model does not have, a site that cannot be sparse or have its structure, or one that
+        would get no active coordinates.
     """
 
     loc: Tensor
@@ -84,6 +87,7 @@ class AutoSparseGuide(AutoGuide):
         model: Callable,
         *,
         density: Density = 0.1,
+        structure: Structures = None,
         init_loc_fn: Callable = init_to_feasible,
         create_plates: Callable | None = None,
     ) -> None:
@@ -91,9 +95,16 @@ class AutoSparseGuide(AutoGuide):
             density = {name: check_density(value, name) for name, value in density.items()}
         elif not (callable(density) or isinstance(density, Policy)):
             density = check_density(density)
+        structures = structure.values() if isinstance(structure, Mapping) else [structure]
+        if not all(each is None or isinstance(each, Structure) for each in structures):
+            raise ValueError(
+                "expected a structure such as Tiles(4, 4), or {site: structure}, "
+                f"got {structure!r}"
+            )
         self.density = density
+        self.structure = structure
         self.init_loc_fn = init_loc_fn
-        self._init = SparseInitMessenger(init_loc_fn, density)
+        self._init = SparseInitMessenger(init_loc_fn, density, structure)
         super().__init__(self._init(model), create_plates=create_plates)
         self._bare_model = (model,)  # not registered as a submodule
         #: Known from the first call on, or from load_state_dict().
@@ -183,6 +194,11 @@ class AutoSparseGuide(AutoGuide):
                 indices.append(node["value"].active.indices)
         if not sites:
             raise RuntimeError(f"{type(self).__name__} found no latent variables")
+        if isinstance(self.structure, Mapping):
+            sparse = [site.name for site in sites if site.is_sparse]
+            unknown = sorted(set(self.structure) - set(sparse))
+            if unknown:
+                raise ValueError(f"structure names {unknown}, but the sparse sites are {sparse}")
         devices = {str(loc.device): site.name for loc, site in zip(locs, sites, strict=True)}
         if len(devices) > 1:
             raise ValueError(f"latent sites must be on one device, got (device: site) {devices}")
@@ -207,8 +223,16 @@ class AutoSparseGuide(AutoGuide):
         fn, value = node["fn"], node["value"]
         frames = [frame for frame in node["cond_indep_stack"] if frame.vectorized]
         if isinstance(value, SparseTensor):
+            active = value.active
             site = Site(
-                name, value.shape, value.dtype, fn.event_dim, len(value.active), frames, None
+                name,
+                value.shape,
+                value.dtype,
+                fn.event_dim,
+                len(active),
+                frames,
+                None,
+                active.structure,
             )
             return site, value.values.detach()
         transform = None
@@ -294,7 +318,7 @@ class AutoSparseGuide(AutoGuide):
         """
         sites = read_table(state_dict, prefix, self.raw_names)
         if not self.sites:
-            differences = density_differences(sites, self.density)
+            differences = density_differences(sites, self.density, self.structure)
         elif not sites:
             differences = ["it was saved before the guide had seen data"]
         else:
@@ -335,7 +359,7 @@ class AutoSparseGuide(AutoGuide):
             sizes = [site.k for site in self.sites if site.is_sparse]
             parts = iter(self.indices.split(sizes))
             self._active_sets = {
-                site.name: ActiveSet(next(parts), site.shape)
+                site.name: ActiveSet(next(parts), site.shape, site.structure)
                 if site.is_sparse
                 else ActiveSet.full(site.shape, self.indices.device)
                 for site in self.sites

@@ -13,7 +13,7 @@ from pyro.infer.autoguide.initialization import init_to_feasible
 from torch import Tensor
 
 from .auto_sparse_normal import AutoSparseNormal
-from .prototype import Density
+from .prototype import Density, Structures
 from .site_table import Site
 
 __all__ = ["AutoSparseLowRankMultivariateNormal"]
@@ -51,6 +51,7 @@ class AutoSparseLowRankMultivariateNormal(AutoSparseNormal):
         *,
         density: Density = 0.1,
         rank: int | None = None,
+        structure: Structures = None,
         init_loc_fn: Callable = init_to_feasible,
         init_scale: float = 0.01,
         create_plates: Callable | None = None,
@@ -60,6 +61,7 @@ class AutoSparseLowRankMultivariateNormal(AutoSparseNormal):
         super().__init__(
             model,
             density=density,
+            structure=structure,
             init_loc_fn=init_loc_fn,
             init_scale=init_scale,
             create_plates=create_plates,

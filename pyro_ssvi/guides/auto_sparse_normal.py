@@ -10,7 +10,7 @@ from pyro.infer.autoguide.initialization import init_to_feasible
 from torch import Tensor
 
 from .auto_sparse_guide import AutoSparseGuide
-from .prototype import Density
+from .prototype import Density, Structures
 from .site_table import Site
 
 __all__ = ["AutoSparseNormal"]
@@ -46,10 +46,12 @@ class AutoSparseNormal(AutoSparseGuide):
         site's full shape once, of which the active entries are taken.
     :param init_scale: initial standard deviation of each (unconstrained) active coordinate. Its
         default is smaller than AutoNormal's 0.1, for the sake of large models.
+    :param structure: what is active and exchanged as one, see :mod:`pyro_ssvi.structures`: of
+        every sparse site, or a mapping from names of some.
     :param create_plates: as for AutoNormal.
     :raises ValueError: at once for a density outside (0, 1]; at the first call for a name that
-        the model does not have, a site that cannot be sparse, or one that would get no active
-        coordinates.
+        the model does not have, a site that cannot be sparse or have its structure, or one that
+        would get no active coordinates.
     """
 
     scale_constraint = constraints.softplus_positive
@@ -61,6 +63,7 @@ class AutoSparseNormal(AutoSparseGuide):
         model: Callable,
         *,
         density: Density = 0.1,
+        structure: Structures = None,
         init_loc_fn: Callable = init_to_feasible,
         init_scale: float = 0.01,
         create_plates: Callable | None = None,
@@ -68,7 +71,11 @@ class AutoSparseNormal(AutoSparseGuide):
         if not isinstance(init_scale, float) or not init_scale > 0:
             raise ValueError(f"expected a float init_scale > 0, got {init_scale!r}")
         super().__init__(
-            model, density=density, init_loc_fn=init_loc_fn, create_plates=create_plates
+            model,
+            density=density,
+            structure=structure,
+            init_loc_fn=init_loc_fn,
+            create_plates=create_plates,
         )
         self.first_scale = init_scale
 

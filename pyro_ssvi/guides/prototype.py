@@ -22,9 +22,11 @@ from ..active_set import ActiveSet
 from ..densities import Policy, check_density
 from ..distributions import elementwise_base, is_elementwise_real, restrict
 from ..sparse_tensor import SparseTensor
+from ..structures import Structure, count
 
-__all__ = ["Density", "ShapesMessenger", "SparseInitMessenger"]
+__all__ = ["Density", "ShapesMessenger", "SparseInitMessenger", "Structures", "structure_of"]
 
+Structures = Structure | Mapping[str, Structure] | None
 Density = float | Mapping[str, float] | Callable[[str, torch.Size], float] | Policy
 
 # These treat every element alike: K of them need not be picked out of D.
@@ -46,11 +48,15 @@ class SparseInitMessenger(InitMessenger):
     :param init_loc_fn: as for Pyro's autoguides.
     :param density: a number for every site that is sparse by default, or a mapping from names,
         or a callable of name and shape.
+    :param structure: of every sparse site, or a mapping from names.
     """
 
-    def __init__(self, init_loc_fn: Callable, density: Density) -> None:
+    def __init__(
+        self, init_loc_fn: Callable, density: Density, structure: Structures = None
+    ) -> None:
         super().__init__(init_loc_fn)
         self.density = density
+        self.structure = structure
         #: Sites that have data now, or had data when a loaded guide was saved.
         self.observed: list[str] = []
 
@@ -89,17 +95,25 @@ class SparseInitMessenger(InitMessenger):
 
     def _sparse_value(self, msg: Any, density: float) -> SparseTensor:
         name, fn = msg["name"], msg["fn"]
-        numel = math.prod(fn.shape())
-        k = math.floor(density * numel + 0.5)
-        if k == 0:
+        shape, structure = fn.shape(), structure_of(self.structure, name)
+        try:
+            k = count(structure, shape, density)
+        except ValueError as error:
             raise ValueError(
-                f"site {name!r} of shape {tuple(fn.shape())} would get 0 active coordinates at "
-                f"density {density:g}: use at least {1 / numel:.3g} there, or leave it dense with "
-                f"density={{..., {name!r}: 1.0}}"
+                f"site {name!r} cannot have the structure {structure}: {error}. Set another "
+                f"density, or structure={{...}} for other sites only"
+            ) from None
+        if k == 0:
+            size = 1 if structure is None else math.prod(structure.tile(shape))
+            raise ValueError(
+                f"site {name!r} of shape {tuple(shape)} would get 0 active coordinates at "
+                f"density {density:g}: use at least {size / math.prod(shape):.3g} there, or leave "
+                f"it dense with density={{..., {name!r}: 1.0}}"
             )
         base, _ = elementwise_base(fn)
         like = _prior_number(base)
-        active = ActiveSet.random(fn.shape(), k, device=like.device)
+        draw = ActiveSet.random if structure is None else structure.random
+        active = draw(shape, k, device=like.device)
         init_fn = getattr(self.init_fn, "func", self.init_fn)
         elementwise = any(init_fn is known for known in _ELEMENTWISE)
         restricted = restrict(base, active) if elementwise else None
@@ -112,6 +126,11 @@ class SparseInitMessenger(InitMessenger):
             else:
                 value = active.gather(self.init_fn(msg).detach())
         return SparseTensor(value.to(like), active)
+
+
+def structure_of(structure: Structures, name: str) -> Structure | None:
+    """The structure of one site."""
+    return structure.get(name) if isinstance(structure, Mapping) else structure
 
 
 class ShapesMessenger(SparseInitMessenger):

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from ..active_set import ActiveSet
 from ..densities import Policy
+from ..structures import Structure, count, read_structure, structure_state
+from .prototype import Structures, structure_of
 
 __all__ = ["NEEDS_MODEL", "Site", "read_table", "table", "table_differences"]
 
-VERSION = 1
+VERSION = 2  # 1, which older versions read, where no site has a structure
 
 
 class _NeedsModel:
@@ -44,6 +46,7 @@ class Site:
     k: int
     frames: list
     transform: Any  # None for a real-valued site
+    structure: Structure | None = None
 
     @property
     def is_sparse(self) -> bool:
@@ -55,8 +58,9 @@ def table(sites: list[Site], observed: list[str]) -> dict[str, Any]:
 
     :param observed: names of the sites of the model that are not the guide's.
     """
+    structured = any(site.structure is not None for site in sites)
     return {
-        "version": VERSION,
+        "version": VERSION if structured else 1,
         "observed": observed,
         "sites": [
             {
@@ -66,6 +70,9 @@ def table(sites: list[Site], observed: list[str]) -> dict[str, Any]:
                 "event_dim": site.event_dim,
                 "k": site.k,
                 "real": site.transform is None,
+                **(
+                    {} if site.structure is None else {"structure": structure_state(site.structure)}
+                ),
             }
             for site in sites
         ],
@@ -99,6 +106,7 @@ def read_table(state: Mapping[str, Any], prefix: str, parameters: Sequence[str])
             row["k"],
             [],
             None if row["real"] else NEEDS_MODEL,
+            read_structure(row.get("structure")),
         )
         for row in saved["sites"]
     ]
@@ -124,7 +132,7 @@ def _check_tensors(sites: list[Site], state: Mapping[str, Any], parameters: Sequ
     indices = state["indices"]
     for site, part in zip(sparse, indices.split([site.k for site in sparse]), strict=True):
         try:
-            ActiveSet(part, site.shape)
+            ActiveSet(part, site.shape, site.structure)
         except ValueError as error:
             raise ValueError(f"the indices of site {site.name!r} are damaged: {error}") from None
 
@@ -148,14 +156,26 @@ def _described(site: Site, other: Site) -> str:
         words += f" in {site.dtype}"
     if (site.transform is None) != (other.transform is None):
         words += ", real-valued" if site.transform is None else ", constrained"
+    if site.structure != other.structure:
+        words += f", structure {site.structure}"
     return words
 
 
 def density_differences(
-    sites: list[Site], density: float | Mapping[str, float] | Callable | Policy
+    sites: list[Site],
+    density: float | Mapping[str, float] | Callable | Policy,
+    structure: Structures,
 ) -> list[str]:
-    """What can be known of the differences before the model has run: sizes of sparse sites."""
+    """What can be known of the differences before the model has run: of sparse sites alone."""
     lines: list[str] = []
+    for site in sites:
+        ours = structure_of(structure, site.name)
+        if site.is_sparse and site.structure != ours:
+            lines.append(
+                f"site {site.name!r}: saved with structure {site.structure}, this guide has {ours}"
+            )
+    if lines:
+        return lines
     if isinstance(density, Policy):
         return lines  # which sites take part, only the model can tell
     for site in sites:
@@ -165,7 +185,7 @@ def density_differences(
             share = density(site.name, site.shape) if callable(density) else density
         else:
             continue  # by default, or because it has to be: only the model can tell
-        k = math.floor(share * math.prod(site.shape) + 0.5)
+        k = count(site.structure, site.shape, share)
         if k != site.k:
             lines.append(
                 f"site {site.name!r}: saved with {site.k} active of {tuple(site.shape)}, "

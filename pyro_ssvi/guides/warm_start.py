@@ -41,7 +41,10 @@ def warm_start(guide: AutoSparseGuide, source: AutoGuide | Mapping[str, Tensor])
             chosen = guide.active_sets[site.name].indices
             if start is not None:
                 score = start.loc.abs() if start.scale is None else start.loc.abs() / start.scale
-                chosen = score.flatten().topk(site.k, sorted=False).indices.sort().values
+                if site.structure is None:
+                    chosen = score.flatten().topk(site.k, sorted=False).indices.sort().values
+                else:
+                    chosen = site.structure.best(score, site.k)
             indices.append(chosen)
         if start is not None:
             site_loc.copy_(start.loc.flatten()[chosen])

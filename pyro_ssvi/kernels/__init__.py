@@ -29,6 +29,7 @@ from ..patches import Patches
 __all__ = [
     "BACKENDS",
     "CONVOLUTIONS",
+    "TILES",
     "conv",
     "conv_input",
     "conv_sampled",
@@ -40,6 +41,8 @@ __all__ = [
 #: Name of each back end, and its module.
 BACKENDS = {"numba": "numba_cpu", "torch": "csr", "dense": "dense"}
 CONVOLUTIONS = {"numba": "numba_conv", "torch": "im2col", "dense": "dense"}
+#: The same for active sets of whole tiles, where there are kernels that gain by them.
+TILES = {"numba": "numba_tiles"}
 
 logger = logging.getLogger(__name__)
 _choice = "auto"
@@ -65,7 +68,7 @@ class use:
                 f"unknown kernel back end {name!r}; expected one of {['auto', *BACKENDS]}"
             )
         if name != "auto":
-            _module(name)
+            _module(BACKENDS[name])
         self._before, _choice = _choice, name
 
     def __enter__(self) -> None:
@@ -77,9 +80,8 @@ class use:
 
 
 @functools.cache
-def _module(name: str, convolution: bool = False) -> ModuleType:
-    modules = CONVOLUTIONS if convolution else BACKENDS
-    return importlib.import_module(f".{modules[name]}", __name__)
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f".{name}", __name__)
 
 
 @functools.cache
@@ -93,16 +95,22 @@ def _has_numba() -> bool:
 
 
 def _backend(active: ActiveSet, x: Tensor) -> ModuleType:
-    if _choice != "auto":
-        return _module(_choice)
+    tiled = active.tile != (1, 1)
+    name = _product(active, x, tiled) if _choice == "auto" else _choice
+    return _module(TILES[name] if tiled and name in TILES else BACKENDS[name])
+
+
+def _product(active: ActiveSet, x: Tensor, tiled: bool) -> str:
     # Measured at batch 128, float32, 2 cores with AVX2, matrices of 400x784 to 4000x4000:
     # dense products run at 130 GFLOP/s, Numba's at 30 to 50, torch's CSR at 10 to 20.
     on_cpu, usual = x.device.type == "cpu", x.dtype in (torch.float32, torch.float64)
     fast = on_cpu and usual and _has_numba()
-    if active.density > (0.3 if fast else 0.12) or (on_cpu and not usual):
-        return _module("dense")
+    # Of whole tiles, with one thread, a scatter and a dense product are slower up to 0.7.
+    most = (0.7 if tiled else 0.3) if fast else 0.12
+    if active.density > most or (on_cpu and not usual):
+        return "dense"
     # Under 8 columns a vector of the batch has nothing to work on.
-    return _module("numba" if fast and x.shape[1] >= 8 else "torch")
+    return "numba" if fast and x.shape[1] >= 8 else "torch"
 
 
 def _convolution(active: ActiveSet, x: Tensor) -> ModuleType:
@@ -115,7 +123,7 @@ def _convolution(active: ActiveSet, x: Tensor) -> ModuleType:
         fast = on_cpu and usual and _has_numba()
         dense = active.density > (0.25 if fast else 0.03) or (on_cpu and not usual)
         name = "dense" if dense else "numba" if fast else "torch"
-    return _module(name, convolution=True)
+    return _module(CONVOLUTIONS[name])
 
 
 def matmul(active: ActiveSet, values: Tensor, x: Tensor, transposed: bool = False) -> Tensor:

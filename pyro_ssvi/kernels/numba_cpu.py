@@ -35,10 +35,13 @@ from .numba_vectors import at, axpy, dot, load, prefetch, store, take, zeros
 
 __all__ = [
     "DTYPES",
+    "LONG",
+    "batch_inner",
     "compiled",
     "launch",
     "matmul",
     "num_threads",
+    "panel",
     "sampled",
 ]
 
@@ -49,9 +52,9 @@ _AHEAD = 8  # entries between a prefetch and its use
 _MATMUL_BYTES = 256  # of a tile: 8 AVX registers hold its sum, 8 can load
 _SAMPLED_BYTES = 512
 _SHARE = 8  # tasks for each thread: one that is held up leaves more to the others
-_LONG = 128  # batch for each thread above which it is divided rather than the rows
+LONG = 128  # batch for each thread above which it is divided rather than the rows
 _INT32 = types.int32
-_Job = ctypes.c_int64 * 15
+_Job = ctypes.c_int64 * 16
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +95,7 @@ def compiled(body: Any) -> Any:
 
 
 @njit(error_model="numpy")
-def _panel(x, j, zero, width):
+def panel(x, j, zero, width):
     """One tile of each row, side by side: more than twice as fast to read, at a batch of 8192.
 
     Rows that lie a multiple of a page apart compete for a few sets of the cache.
@@ -117,7 +120,7 @@ def _matmul_kernel(dtype: types.Float, width: int) -> Any:
         while task < row_blocks * batch_blocks:
             tile, block = task // row_blocks, task % row_blocks
             j = min(tile * width, b - width)  # the last tile may repeat some columns
-            source, start = (_panel(x, j, zero, width), 0) if pack else (x, j)
+            source, start = (panel(x, j, zero, width), 0) if pack else (x, j)
             for i in range(n * block // row_blocks, n * (block + 1) // row_blocks):
                 total = zero
                 for e in range(crow[i], crow[i + 1]):
@@ -146,7 +149,7 @@ def _sampled_kernel(dtype: types.Float, width: int) -> Any:
             first = tiles * part // batch_blocks
             for tile in range(first, tiles * (part + 1) // batch_blocks):
                 j = tile * width
-                source, start = (_panel(x, j, zero, width), 0) if pack else (x, j)
+                source, start = (panel(x, j, zero, width), 0) if pack else (x, j)
                 for i in range(n * block // row_blocks, n * (block + 1) // row_blocks):
                     row = load(zero, g, i, j)
                     for e in range(crow[i], crow[i + 1]):
@@ -183,7 +186,7 @@ def launch(kernel: Any, threads: int, *arguments: int | Tensor) -> None:
         kernel.ctypes(job)
 
 
-def _batch_inner(x: Tensor) -> Tensor:
+def batch_inner(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
@@ -208,11 +211,11 @@ def matmul(active: ActiveSet, values: Tensor, x: Tensor, transposed: bool) -> Te
         return x.new_zeros(n, b)
     width = min(_MATMUL_BYTES // x.itemsize, 1 << (b.bit_length() - 1))
     threads = num_threads(2 * k * b)
-    long = b > _LONG * threads
+    long = b > LONG * threads
     plan = (1 if long else _SHARE * threads, -(-b // width), long)
     if csr.perm is not None:
         values = values.index_select(0, csr.perm)  # once, rather than in every tile
-    values, x, out = values.contiguous(), _batch_inner(x), x.new_empty(n, b)
+    values, x, out = values.contiguous(), batch_inner(x), x.new_empty(n, b)
     _run(_matmul_kernel(DTYPES[x.dtype], width), csr, values, x, out, threads, *plan)
     return out
 
@@ -224,7 +227,7 @@ def sampled(active: ActiveSet, g: Tensor, x: Tensor) -> Tensor:
     _check(csr, x, (m, b), g, (n, b))
     if not k * b:
         return x.new_zeros(k)
-    g, x = _batch_inner(g), _batch_inner(x)
+    g, x = batch_inner(g), batch_inner(x)
     width = min(_SAMPLED_BYTES // x.itemsize, 1 << (b - 1).bit_length())
     rest = b % width
     if rest:
@@ -232,7 +235,7 @@ def sampled(active: ActiveSet, g: Tensor, x: Tensor) -> Tensor:
         end = sampled(active, F.pad(g[:, -rest:], pad), F.pad(x[:, -rest:], pad))
         return end if rest == b else end + sampled(active, g[:, :-rest], x[:, :-rest])
     threads = num_threads(2 * k * b)
-    long = b > _LONG * threads
+    long = b > LONG * threads
     plan = (1, threads, long) if long else (_SHARE * threads, 1, long)
     out = x.new_empty(plan[1], k)
     _run(_sampled_kernel(DTYPES[x.dtype], width), csr, g, x, out, threads, *plan)

@@ -9,6 +9,7 @@ keeps in registers, of any width, on any instruction set; they are called in com
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
@@ -16,7 +17,21 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-__all__ = ["at", "axpy", "dot", "load", "prefetch", "store", "take", "zeros"]
+__all__ = [
+    "add_products",
+    "add_scaled",
+    "at",
+    "axpy",
+    "dot",
+    "load",
+    "prefetch",
+    "store",
+    "store_rows",
+    "store_sums",
+    "take",
+    "zero_rows",
+    "zeros",
+]
 
 _CACHE_LINE = 64
 
@@ -36,6 +51,12 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(manager, vector, ir.VectorType(element, vector.width))
 
 
+def _read(context: Any, builder: Any, vector: Vector, array_type: Any, *place: Any) -> Any:
+    address = _address(context, builder, array_type, *place)
+    address = builder.bitcast(address, context.get_value_type(vector).as_pointer())
+    return builder.load(address, align=vector.dtype.bitwidth // 8)
+
+
 def _address(context: Any, builder: Any, array_type: Any, array: Any, *index: Any) -> Any:
     array = context.make_array(array_type)(context, builder, array)
     return cgutils.get_item_pointer(context, builder, array_type, array, index)
@@ -53,9 +74,7 @@ def load(_, like, array, i, j):
     """``array[i, j : j + width]``, with the width of ``like``."""
 
     def build(context, builder, signature, args):
-        address = _address(context, builder, array, *args[1:])
-        address = builder.bitcast(address, args[0].type.as_pointer())
-        return builder.load(address, align=like.dtype.bitwidth // 8)
+        return _read(context, builder, like, array, *args[1:])
 
     return like(like, array, types.intp, types.intp), build
 
@@ -122,6 +141,143 @@ def dot(_, x, y):
         return builder.call(function, [vector.element(-0.0), total], fastmath=["reassoc"])
 
     return x.dtype(x, y), build
+
+
+# Tiles: as many vectors as fit the registers, each named by its place in a tuple. Their loops are
+# unrolled here, since Numba cannot index a tuple by a number that it does not know.
+
+
+@intrinsic(prefer_literal=True)
+def zero_rows(_, dtype, width, count):
+    """A tuple of ``count`` vectors of zeros."""
+    rows = types.UniTuple(Vector(dtype.dtype, width.literal_value), count.literal_value)
+    return rows(dtype, width, count), lambda context, *_: context.get_constant_null(rows)
+
+
+@intrinsic(prefer_literal=True)
+def add_scaled(_, totals, values, start, down, across, count, x, i, j):
+    """``totals[a] + values[start + a * down + b * across] * x[i + b]``, over ``count`` b.
+
+    Each row of ``x`` is read once, from ``j`` on, for all totals.
+    """
+    vector = totals.dtype
+
+    def build(context, builder, signature, args):
+        values_type, x_type = signature.args[1], signature.args[6]
+        parts = cgutils.unpack_tuple(builder, args[0])
+        offset = ir.IntType(64)
+        lanes = ir.VectorType(ir.IntType(32), vector.width)(None)
+        for b in range(count.literal_value):
+            row = builder.add(args[7], offset(b))
+            column = _read(context, builder, vector, x_type, args[6], row, args[8])
+            for a in range(len(parts)):
+                place = a * down.literal_value + b * across.literal_value
+                place = builder.add(args[2], offset(place))
+                value = builder.load(_address(context, builder, values_type, args[1], place))
+                value = builder.insert_element(column.type(ir.Undefined), value, offset(0))
+                value = builder.shuffle_vector(value, column.type(ir.Undefined), lanes)
+                product = builder.fmul(value, column, flags=["contract"])
+                parts[a] = builder.fadd(product, parts[a], flags=["contract"])
+        return context.make_tuple(builder, signature.return_type, parts)
+
+    intp = types.intp
+    return totals(totals, values, intp, down, across, count, x, intp, intp), build
+
+
+@intrinsic
+def store_rows(_, totals, array, i, j):
+    """``array[i + a, j : j + width] = totals[a]``."""
+
+    def build(context, builder, signature, args):
+        for a, part in enumerate(cgutils.unpack_tuple(builder, args[0])):
+            row = builder.add(args[2], ir.IntType(64)(a))
+            address = _address(context, builder, array, args[1], row, args[3])
+            address = builder.bitcast(address, part.type.as_pointer())
+            builder.store(part, address, align=totals.dtype.dtype.bitwidth // 8)
+
+    return types.void(totals, array, types.intp, types.intp), build
+
+
+@intrinsic(prefer_literal=True)
+def add_products(_, totals, g, i, x, j, count, k):
+    """``totals[a * count + b] + g[i + a] * x[j + b]``, of vectors from ``k`` on."""
+    vector = totals.dtype
+
+    def build(context, builder, signature, args):
+        parts = cgutils.unpack_tuple(builder, args[0])
+        across = count.literal_value
+
+        def read(array_type, array, first, rows):
+            places = [builder.add(first, ir.IntType(64)(n)) for n in range(rows)]
+            return [
+                _read(context, builder, vector, array_type, array, place, args[6])
+                for place in places
+            ]
+
+        rows = read(g, args[1], args[2], len(parts) // across)
+        columns = read(x, args[3], args[4], across)
+        for n in range(len(parts)):
+            product = builder.fmul(rows[n // across], columns[n % across], flags=["contract"])
+            parts[n] = builder.fadd(product, parts[n], flags=["contract"])
+        return context.make_tuple(builder, signature.return_type, parts)
+
+    intp = types.intp
+    return totals(totals, g, intp, x, intp, count, intp), build
+
+
+@intrinsic(prefer_literal=True)
+def store_sums(_, totals, array, start, down, count, add):
+    """``array[start + a * down + b] (+)= sum(totals[a * count + b])``, added to if ``add``."""
+
+    def build(context, builder, signature, args):
+        parts = cgutils.unpack_tuple(builder, args[0])
+        element = context.get_value_type(totals.dtype.dtype)
+        across, offset = count.literal_value, ir.IntType(64)
+        for n, total in enumerate(_sums(builder, parts, 128 // totals.dtype.dtype.bitwidth)):
+            place = builder.mul(args[3], offset(n // across))
+            place = builder.add(args[2], builder.add(place, offset(n % across)))
+            address = _address(context, builder, array, args[1], place)
+            before = builder.select(args[5], builder.load(address), element(0.0))
+            builder.store(builder.fadd(before, total), address)
+
+    intp = types.intp
+    return types.void(totals, array, intp, intp, count, types.boolean), build
+
+
+def _sums(builder: Any, vectors: list, group: int) -> list:
+    """The sum of each vector: of ``group`` at once, the numbers in 16 bytes.
+
+    Among these AVX shuffles at no extra cost.
+    """
+    mask = ir.VectorType(ir.IntType(32), vectors[0].type.count)
+    starts = range(0, mask.count, group)
+    even = [
+        n
+        for start in starts
+        for first in (start, mask.count + start)
+        for n in range(first, first + group, 2)
+    ]
+    sums = []
+    while vectors:
+        part, vectors = vectors[:group], vectors[group:]
+        count = len(part)
+        part = part + part[-1:] * (group - count)
+        while len(part) > 1:  # each group of lanes: sums of neighbours in one, then in the other
+            part = [
+                builder.fadd(
+                    builder.shuffle_vector(a, b, mask(even)),
+                    builder.shuffle_vector(a, b, mask([n + 1 for n in even])),
+                )
+                for a, b in zip(part[::2], part[1::2], strict=True)
+            ]
+        total = part[0]
+        lanes = ir.VectorType(ir.IntType(32), group)
+        pieces = [
+            builder.shuffle_vector(total, total, lanes(list(range(n, n + group)))) for n in starts
+        ]
+        total = functools.reduce(builder.fadd, pieces)
+        sums += [builder.extract_element(total, ir.IntType(32)(n)) for n in range(count)]
+    return sums
 
 
 # Threads. A job is the address of int64s: the counter of tasks taken, then what the kernel needs.
