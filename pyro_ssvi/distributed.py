@@ -18,8 +18,8 @@ from torch import Tensor
 
 from . import checkpoint, posterior
 from .active_set import ActiveSet
-from .addition import Gradient
-from .exchange import read_at
+from .addition import Random
+from .exchange import Move
 from .gradient_record import GradientRecord
 from .guides import AutoSparseGuide
 from .random_state import leaving_no_trace
@@ -85,7 +85,7 @@ class DistributedSSVI(SSVI):
     def state_dict(self) -> dict[str, Any]:
         """As that of SSVI, with what belongs to one process only: the same in all of them."""
         state = super().state_dict()
-        own = {key: state[key] for key in ("record", "random")}
+        own = {key: state[key] for key in ("record", "scales", "random")}
         return {**state, "ranks": self._gathered(own)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -119,7 +119,7 @@ class DistributedSSVI(SSVI):
     def _restore(self, state: Mapping[str, Any], source: str) -> None:
         ranks = state.get("ranks", [])
         same = len(ranks) == self.world_size
-        own = ranks[self.rank] if same else {"record": []}
+        own = ranks[self.rank] if same else {"record": [], "scales": []}
         checkpoint.restore(self, {**state, **own}, source=source)
         self._params = {}
         if not same and self.world_size > 1:
@@ -157,6 +157,7 @@ class DistributedSSVI(SSVI):
         settings = {f"parameter {name!r}": _described(param) for name, param in params.items()}
         settings["schedule"] = str(checkpoint.schedule_state(self.schedule))
         settings["addition"] = f"{type(self.addition).__name__}(batches={self.addition.batches})"
+        settings["allocation"] = self.allocation
         settings["number of steps"] = str(self.steps)
         draws = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
         others = self._gathered((settings, draws))
@@ -222,16 +223,62 @@ class DistributedSSVI(SSVI):
             if not kept:
                 record.discard(active)
         moves = super()._plan(guide, share, record)
-        # Equal, unless a criterion draws random numbers: rank 0's counts.
-        for move in moves.values():
-            self._take_from_first(move.indices)
-            self._take_from_first(move.source)
-        return moves
+        return self._moves_of_first(guide, moves)
+
+    @property
+    def _processes(self) -> int:  # type: ignore[override]
+        return self.world_size
+
+    def _removal_scores(self, *args: Any) -> Tensor:
+        scores = super()._removal_scores(*args)
+        if self.world_size > 1:  # equal, unless the criterion or the prior's scale is random
+            self._take_from_first(scores)
+        return scores
+
+    def _read(self, active: ActiveSet, indices: Tensor, record: GradientRecord) -> Tensor:
+        sums = super()._read(active, indices, record)
+        if self.world_size > 1:
+            dist.all_reduce(sums, group=self.process_group)
+            sums /= self.world_size
+        return sums
+
+    def _moves_of_first(self, guide: AutoSparseGuide, moves: Mapping[str, Move]) -> dict[str, Move]:
+        """Rank 0's moves, which others have as well, unless something random decides."""
+        own = [
+            (len(moves[site.name].indices), moves[site.name].size) if site.name in moves else (0, 0)
+            for site in guide.sites
+        ]
+        sizes = torch.tensor(own, device=self._device)
+        self._take_from_first(sizes)
+        taken = {}
+        for site, (k, size) in zip(guide.sites, sizes.tolist(), strict=True):
+            if k:
+                move = moves.get(site.name)
+                if move is None or len(move.indices) != k:
+                    move = Move(sizes.new_empty(k), sizes.new_empty(k), size)
+                self._take_from_first(move.indices)
+                self._take_from_first(move.source)
+                for values in move.first or ():
+                    self._take_from_first(values)
+                taken[site.name] = move._replace(size=size)
+        return taken
 
     def _choose(self, active: ActiveSet, n: int, record: GradientRecord) -> Tensor:
-        """The best by the mean gradient among those that are best for some process."""
-        if self.world_size == 1 or not isinstance(self.addition, Gradient):
+        if self.world_size == 1 or isinstance(self.addition, Random):
             return super()._choose(active, n, record)
+        candidates, scores = self._best(active, n, record)
+        if not scores.isfinite().all():
+            raise FloatingPointError("its gradient is not finite")
+        return candidates
+
+    def _propose(self, active: ActiveSet, n: int, record: GradientRecord) -> tuple[Tensor, Tensor]:
+        if self.world_size == 1 or isinstance(self.addition, Random):
+            return super()._propose(active, n, record)
+        return self._best(active, n, record)
+
+    def _best(self, active: ActiveSet, n: int, record: GradientRecord) -> tuple[Tensor, Tensor]:
+        """The best by the mean gradient among those that are best for some process."""
+        assert not isinstance(self.addition, Random)
         try:
             own, failed = self.addition.choose(active, n, record), False
         except FloatingPointError:  # the others wait, and are to fail as well
@@ -239,14 +286,17 @@ class DistributedSSVI(SSVI):
         proposed = [torch.empty_like(own) for _ in range(self.world_size)]
         dist.all_gather(proposed, own, group=self.process_group)
         candidates = torch.cat(proposed).unique()
-        total = read_at(active, candidates, lambda a, b: record.block(active, a, b))
+        sums = super()._read(active, candidates, record)
         if failed:
-            total.fill_(torch.nan)
-        dist.all_reduce(total, group=self.process_group)
-        scores, best = self.addition.scores(total / self.world_size).topk(n, sorted=False)
-        if not scores.isfinite().all():
-            raise FloatingPointError("its gradient is not finite")
-        return candidates[best]
+            sums.fill_(torch.nan)
+        dist.all_reduce(sums, group=self.process_group)
+        sums /= self.world_size
+        scores = self.addition.scores_at(active, candidates, sums, record, self.world_size)
+        scores, best = scores.topk(n, sorted=False)
+        best = candidates[best]
+        for chosen in (best, scores):  # others' may differ where random numbers take part
+            self._take_from_first(chosen)
+        return best, scores
 
     def _exchange(self, share: float, optim: torch.optim.Optimizer | None = None) -> dict[str, int]:
         exchanged = super()._exchange(share, optim)

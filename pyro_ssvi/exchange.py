@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .active_set import ActiveSet
 
-__all__ = ["Move", "carry", "read_at", "smallest", "swap", "top_inactive"]
+__all__ = ["Move", "carry", "read_at", "rows_at_once", "smallest", "swap", "top_inactive"]
 
 #: Bytes of scores held at once while a site is searched for coordinates to add.
 BLOCK_BYTES = 2 * 2**20
@@ -20,14 +20,18 @@ BLOCK_BYTES = 2 * 2**20
 class Move(NamedTuple):
     """What an exchange does to one site.
 
-    :param indices: the new active coordinates, sorted int64 ``[K]``.
+    :param indices: the new active coordinates, sorted int64 ``[K]``; K may be another than before
+        if what all sites of the guide have together stays the same.
     :param source: for each of them its place among the old ones, or -1 if it is new: ``[K]``.
     :param size: how many are new.
+    :param first: location and scale of the new ones, in the order of their indices, where they
+        have any of their own: ``[size]`` each.
     """
 
     indices: Tensor
     source: Tensor
     size: int
+    first: tuple[Tensor, Tensor] | None = None
 
 
 def smallest(scores: Tensor, n: int) -> Tensor:
@@ -39,9 +43,8 @@ def swap(active: ActiveSet, removed: Tensor, added: Tensor) -> Move:
     """Take ``removed`` out of an active set and put ``added`` in.
 
     :param removed: int64 ``[n]``, distinct places in ``active.indices``.
-    :param added: int64 ``[n]``, distinct flat indices of inactive coordinates.
+    :param added: int64 ``[m]``, distinct flat indices of inactive coordinates.
     """
-    assert len(removed) == len(added)
     leaves = torch.zeros(len(active), dtype=torch.int8, device=active.device)
     leaves.index_fill_(0, removed, 1)
     # Those that stay come first: a sort, where nonzero() would wait for the device.
@@ -81,7 +84,7 @@ def top_inactive(
         missing.
     """
     rows, cols = active.matrix_shape
-    step = _rows_at_once(cols, block_bytes)
+    step = rows_at_once(cols, block_bytes)
     if step >= rows:
         score = block(0, rows).reshape(-1).index_fill(0, active.indices, -math.inf)
         score, index = score.topk(n, sorted=False)
@@ -120,7 +123,7 @@ def read_at(
     :return: ``[n]``.
     """
     rows, cols = active.matrix_shape
-    step = _rows_at_once(cols, block_bytes)
+    step = rows_at_once(cols, block_bytes)
     starts = torch.arange(0, rows + step, step, device=active.device) * cols
     sizes = torch.searchsorted(indices, starts).diff().tolist()
     parts = [
@@ -128,8 +131,9 @@ def read_at(
         for start, part in zip(range(0, rows, step), indices.split(sizes), strict=True)
         if len(part)
     ]
-    return torch.cat(parts)
+    return torch.cat(parts or [block(0, 1).reshape(-1)[:0]])
 
 
-def _rows_at_once(cols: int, block_bytes: int | None) -> int:
+def rows_at_once(cols: int, block_bytes: int | None = None) -> int:
+    """How many rows of a site's matrix make a block."""
     return max(1, (BLOCK_BYTES if block_bytes is None else block_bytes) // (4 * cols))

@@ -116,7 +116,7 @@ def load_posterior(
     state = FILES.read(path, map_location)
     rows = state["sites"]["sites"]
     sizes = {row["name"]: torch.Size(row["shape"]).numel() for row in rows}
-    densities = {row["name"]: row["k"] / sizes[row["name"]] for row in rows}
+    densities = {row["name"]: row.get("initial_k", row["k"]) / sizes[row["name"]] for row in rows}
     kinds: dict[str, Any] = {kind.__name__: kind for kind in KINDS}
     # Older files do not tell.
     guide = kinds[state.get("guide", "AutoSparseNormal")](model, density=densities)

@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -31,15 +31,19 @@ from torch import Tensor
 
 from . import checkpoint, posterior
 from .active_set import ActiveSet
-from .addition import Addition, Gradient, addition_criterion
+from .addition import Addition, Evidence, Gradient, Random, addition_criterion
+from .allocation import Room, check_allocation, compete
 from .criteria import removal_criterion
-from .distributions import SparseNormal, SubspaceMessenger, elementwise_base
+from .distributions import SparseNormal, SubspaceMessenger, elementwise_base, taken
 from .errors import NonFiniteWarning
+from .evidence import removal_loss
 from .exchange import Move, smallest, swap
 from .fused_elbo import FusedELBO, NotFusedError
 from .gradient_record import GradientRecord
-from .guides import AutoSparseGuide
+from .guides import AutoSparseDelta, AutoSparseGuide
+from .guides.site_table import Site
 from .interrupts import uninterrupted
+from .model_messages import EvidenceMessenger
 from .optimizer_state import carry_state
 from .random_state import leaving_no_trace
 from .schedules import CosineSchedule, Schedule
@@ -91,10 +95,14 @@ class SSVI(SVI):
     :param loss: an ELBO, or any ``callable(model, guide, *args, **kwargs)`` that gives a loss;
         those that compile with torch.jit would keep the first active set.
     :param removal: name of a criterion in :mod:`pyro_ssvi.criteria`, or a ``callable(loc, scale)``
-        that gives scores; the smallest are removed.
-    :param addition: ``"gradient"``, ``"random"``, an instance of a class in
-        :mod:`pyro_ssvi.addition`, or a ``callable(gradient)`` that gives scores; the largest are
-        added.
+        that gives scores; the smallest are removed. Or ``"evidence"``: those without which the
+        log evidence would grow most, or shrink least.
+    :param addition: ``"gradient"``, ``"sampled_gradient"``, ``"random"``, ``"evidence"``, an
+        instance of a class in :mod:`pyro_ssvi.addition`, or a ``callable(gradient)`` that gives
+        scores; the largest are added.
+    :param allocation: ``"per_site"``: each site keeps its number of active coordinates, as in the
+        paper; ``"global"``: those of a guide's sparse sites compete, and their number is constant
+        for all of them together, see :mod:`pyro_ssvi.allocation`.
     :param schedule: when to exchange which share, see :mod:`pyro_ssvi.schedules`. Set ``stop``
         to about three quarters of your number of steps.
     :param new_scale: standard deviation of an added coordinate, or ``"mean"``: the mean of those
@@ -118,6 +126,7 @@ class SSVI(SVI):
         *,
         removal: str | Callable[[Tensor, Tensor], Tensor] = "snr_abs",
         addition: str | Addition | Callable[[Tensor], Tensor] = "gradient",
+        allocation: str = "per_site",
         schedule: Schedule | None = None,
         new_scale: float | str = "mean",
         kl_weight: float | Callable[[int], float] = 1.0,
@@ -153,12 +162,18 @@ class SSVI(SVI):
             )
         self.removal = removal_criterion(removal)
         self.addition = addition_criterion(addition)
+        self.allocation = check_allocation(allocation)
         self.schedule = CosineSchedule() if schedule is None else schedule
         if self.addition.batches > self.schedule.every:
             raise ValueError(
                 f"addition averages over {self.addition.batches} batches, but the schedule "
                 f"exchanges every {self.schedule.every} steps"
             )
+        points = any(isinstance(part, AutoSparseDelta) for part in self.guides)
+        if self.removal is removal_loss and points:
+            raise ValueError("removal='evidence' needs a posterior, and AutoSparseDelta has none")
+        if isinstance(self.addition, Evidence) and getattr(loss, "num_particles", 1) > 1:
+            raise ValueError("addition='evidence' needs a loss with one particle")
         at_mean = isinstance(self.addition, Gradient) and self.addition.at == "mean"
         if at_mean and getattr(loss, "vectorize_particles", False):
             raise ValueError(
@@ -188,7 +203,7 @@ class SSVI(SVI):
                 "the sleep phase of ReweightedWakeSleep draws from the prior, where a sparse "
                 f"guide has density 0: use insomnia=1.0, got {loss.insomnia!r}"
             )
-        if isinstance(self.addition, Gradient):
+        if not isinstance(self.addition, Random):
             raise ValueError(
                 "ReweightedWakeSleep has no gradient in the weights, which it holds fixed: "
                 "use addition='random'"
@@ -205,8 +220,11 @@ class SSVI(SVI):
         :return: the estimate of the loss, as :meth:`pyro.infer.SVI.step`.
         """
         now = self.steps + 1
+        due = self.schedule.due(now)
         feeds_exchange = any(self.schedule.due(now + i) for i in range(self.addition.batches))
         with ExitStack() as stack:
+            if self._needs_priors and (due or feeds_exchange):
+                stack.enter_context(EvidenceMessenger(self._record))
             if feeds_exchange:
                 self._collect(stack, args, kwargs)
             with poutine.trace(param_only=True) as capture:
@@ -228,7 +246,7 @@ class SSVI(SVI):
             self._record = GradientRecord()
         zero_grads(params)
         self.steps = now
-        if finite and self.schedule.due(now):
+        if finite and due:
             self._exchange(self.schedule.share(now))
         if isinstance(loss, tuple):  # as that of ReweightedWakeSleep
             return type(loss)(map(torch_item, loss))
@@ -294,9 +312,16 @@ class SSVI(SVI):
         elif not 0 <= share <= 1:
             raise ValueError(f"expected a share in [0, 1], got {share!r}")
         self._record = GradientRecord()
-        if isinstance(self.addition, Gradient):
-            self._backward(args, kwargs, times=self.addition.samples)
+        with EvidenceMessenger(self._record) if self._needs_priors else nullcontext():
+            if not isinstance(self.addition, Random):
+                self._backward(args, kwargs, times=self.addition.samples)
+            elif self._needs_priors:
+                self._backward(args, kwargs)
         return self._exchange(share, optim)
+
+    @property
+    def _needs_priors(self) -> bool:
+        return self.removal is removal_loss or isinstance(self.addition, Evidence)
 
     def _kl_weight(self) -> float:
         if callable(self.kl_weight):
@@ -358,18 +383,21 @@ class SSVI(SVI):
 
     def _collect(self, stack: ExitStack, args: tuple, kwargs: dict) -> None:
         """Have the gradient of whole sites recorded, in the step itself where that will do."""
-        assert isinstance(self.addition, Gradient)
+        assert not isinstance(self.addition, Random)
         if self.addition.at == "sample":
             self._backward(args, kwargs, times=self.addition.samples - 1)
             stack.enter_context(self._record)
         else:
             self._backward(args, kwargs)
 
-    def _backward(self, args: tuple, kwargs: dict, times: int = 1) -> None:
+    def _backward(
+        self, args: tuple, kwargs: dict, times: int = 1, record: GradientRecord | None = None
+    ) -> None:
         """Record gradients of one batch, and leave none with the parameters."""
+        record = self._record if record is None else record
         at_mean = isinstance(self.addition, Gradient) and self.addition.at == "mean"
         guide = _AtMean()(self.guide) if at_mean else self.guide
-        with poutine.trace(param_only=True) as capture, self._record:
+        with poutine.trace(param_only=True) as capture, record:
             for _ in range(times):
                 self.loss_and_grads(self.model, guide, *args, **kwargs)
         zero_grads({node["value"].unconstrained() for node in capture.trace.nodes.values()})
@@ -399,33 +427,117 @@ class SSVI(SVI):
 
     @torch.no_grad()
     def _plan(self, guide: AutoSparseGuide, share: float, record: GradientRecord) -> dict:
-        moves: dict[str, Move] = {}
+        candidates: dict[str, tuple[Site, Tensor, Tensor]] = {}
         active_sets = guide.active_sets
         parts = guide.split(*guide.for_removal())
         for site, (loc, scale) in zip(guide.sites, parts, strict=True):
-            name, active = site.name, active_sets[site.name]
+            if not isinstance(self.addition, Random) and active_sets[site.name] not in record:
+                continue  # the loss does not depend on this site: no coordinate promises anything
+            if site.is_sparse:
+                candidates[site.name] = site, loc.to(site.dtype), scale.to(site.dtype)
+        if self.allocation == "global":
+            return self._plan_together(guide, candidates, share, record)
+        moves: dict[str, Move] = {}
+        for name, (_, loc, scale) in candidates.items():
+            active = active_sets[name]
             n = min(math.floor(share * len(active) + 0.5), active.numel() - len(active))
             if n == 0:
                 continue
-            if isinstance(self.addition, Gradient) and active not in record:
-                continue  # the loss does not depend on this site: no coordinate promises anything
-            scores = self.removal(loc.to(site.dtype), scale.to(site.dtype))
-            if scores.shape != (len(active),):
-                raise ValueError(
-                    f"the removal criterion gave scores {tuple(scores.shape)} for site {name!r}, "
-                    f"expected ({len(active)},)"
-                )
-            if not scores.isfinite().all():
-                raise FloatingPointError(f"the removal scores of site {name!r} are not finite")
-            try:
+            scores = self._removal_scores(name, active, loc, scale, record)
+            with _naming(name):
                 added = self._choose(active, n, record)
-            except FloatingPointError as error:
-                raise FloatingPointError(f"site {name!r}: {error}") from None
-            moves[name] = swap(active, smallest(scores, n), added)
+                moves[name] = self._move(active, smallest(scores, n), added, record)
         return moves
+
+    def _plan_together(
+        self,
+        guide: AutoSparseGuide,
+        candidates: Mapping[str, tuple[Site, Tensor, Tensor]],
+        share: float,
+        record: GradientRecord,
+    ) -> dict[str, Move]:
+        """The moves if sites compete."""
+        names = list(candidates)
+        active_sets = [guide.active_sets[name] for name in names]
+
+        def propose(i: int, m: int) -> tuple[Tensor, Tensor]:
+            with _naming(names[i]):
+                return self._propose(active_sets[i], m, record)
+
+        choices = compete(
+            [
+                Room(site.shape.numel(), site.k, site.initial_k)
+                for site, _, _ in candidates.values()
+            ],
+            [
+                self._removal_scores(name, active, *candidates[name][1:], record)
+                for name, active in zip(names, active_sets, strict=True)
+            ],
+            share,
+            propose,
+        )
+        moves: dict[str, Move] = {}
+        for name, active, choice in zip(names, active_sets, choices, strict=False):  # or none
+            if not choice.scores.isfinite().all():
+                raise FloatingPointError(f"site {name!r}: its gradient is not finite")
+            if len(choice.removed) or len(choice.added):
+                moves[name] = self._move(active, choice.removed, choice.added, record)
+        return moves
+
+    def _removal_scores(
+        self, name: str, active: ActiveSet, loc: Tensor, scale: Tensor, record: GradientRecord
+    ) -> Tensor:
+        if self.removal is removal_loss:
+            prior = record.priors[active].normal
+            scores = removal_loss(loc, scale, taken(prior.scale, active.shape, active.indices))
+        else:
+            scores = self.removal(loc, scale)
+        if scores.shape != loc.shape:
+            raise ValueError(
+                f"the removal criterion gave scores {tuple(scores.shape)} for site {name!r}, "
+                f"expected ({len(loc)},)"
+            )
+        if not scores.isfinite().all():
+            raise FloatingPointError(f"the removal scores of site {name!r} are not finite")
+        return scores
+
+    def _move(
+        self, active: ActiveSet, removed: Tensor, added: Tensor, record: GradientRecord
+    ) -> Move:
+        added = added.sort().values
+        move = swap(active, removed, added)
+        if not (isinstance(self.addition, Evidence) and move.size):
+            return move
+        sums = self._read(active, added, record)
+        first = self.addition.first_values(active, added, sums, record, self._processes)
+        return move._replace(first=first)
+
+    #: How many processes an exchange hears of.
+    _processes = 1
+
+    def _read(self, active: ActiveSet, indices: Tensor, record: GradientRecord) -> Tensor:
+        """What is known of some inactive coordinates."""
+        assert not isinstance(self.addition, Random)
+        return self.addition.read(active, indices, record)
 
     def _choose(self, active: ActiveSet, n: int, record: GradientRecord) -> Tensor:
         return self.addition.choose(active, n, record)
+
+    def _propose(self, active: ActiveSet, n: int, record: GradientRecord) -> tuple[Tensor, Tensor]:
+        """As :meth:`_choose`, with scores."""
+        added, scores = self.addition.propose(active, n, record)
+        if len(added) < n:  # the others' scores are -inf
+            raise FloatingPointError("its gradient is not finite")
+        return added, scores
+
+
+@contextmanager
+def _naming(site: str) -> Iterator[None]:
+    """Have an error say where it was."""
+    try:
+        yield
+    except (FloatingPointError, ValueError) as error:
+        raise type(error)(f"site {site!r}: {error}") from None
 
 
 def _check_weight(weight: float) -> float:
