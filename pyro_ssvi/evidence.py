@@ -14,8 +14,10 @@ __all__ = ["addition_gain", "laplace", "removal_gain", "removal_loss"]
 
 
 def removal_gain(loc: Tensor, scale: Tensor, prior_scale: Tensor) -> Tensor:
-    """The change of the log evidence if an active coordinate is removed: ``ln(t/s) - mu^2/(2
-    s^2)``, the log of the ratio of posterior and prior density at 0 (Savage and Dickey).
+    """The change of the log evidence if an active coordinate is removed.
+
+    It is ``ln(t/s) - mu^2 / (2 s^2)``, the log of the ratio of posterior and prior density at 0
+    (Savage and Dickey).
 
     :param loc: ``mu``.
     :param scale: ``s``, of the same shape.
@@ -31,8 +33,9 @@ def removal_loss(loc: Tensor, scale: Tensor, prior_scale: Tensor) -> Tensor:
 
 
 def addition_gain(gradient: Tensor, curvature: Tensor, prior_scale: Tensor) -> Tensor:
-    """The change of the log evidence if an inactive coordinate is added:
-    ``(t^2 g^2 / (1 + t^2 h) - ln(1 + t^2 h)) / 2``.
+    """The change of the log evidence if an inactive coordinate is added.
+
+    It is ``(t^2 g^2 / (1 + t^2 h) - ln(1 + t^2 h)) / 2``.
 
     :param gradient: ``g``, of the log likelihood of all data at 0.
     :param curvature: ``h``, minus its second derivative, not negative.
@@ -45,9 +48,9 @@ def addition_gain(gradient: Tensor, curvature: Tensor, prior_scale: Tensor) -> T
 
 
 def laplace(gradient: Tensor, curvature: Tensor, prior_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Location and scale of an added coordinate: ``mu = t^2 g / (1 + t^2 h)``,
-    ``s^2 = t^2 / (1 + t^2 h)``.
+    """Location and scale of an added coordinate.
 
+    They are ``mu = t^2 g / (1 + t^2 h)`` and ``s`` with ``s^2 = t^2 / (1 + t^2 h)``.
     Arguments are as for :func:`addition_gain`.
     """
     shrinkage = 1 + prior_scale.square() * curvature
