@@ -55,8 +55,9 @@ def work(setting: Setting) -> dict[str, Any]:
 
 def train(settings: list[Setting], path: Path, data_dir: str, jobs: int) -> None:
     """Run what the file does not have yet, and add a line for each run as it ends."""
-    done = [row.get("setting") for row in read(path)]
-    todo = [setting for setting in settings if asdict(setting) not in done]
+    # A line that was written before a setting had all its fields had their defaults.
+    done = {Setting(**row["setting"]) for row in read(path) if "setting" in row}
+    todo = [setting for setting in settings if setting not in done]
     todo.sort(key=lambda setting: setting.seed)  # a study that is stopped early has all parts
     print(f"{len(settings) - len(todo)} of {len(settings)} runs are in {path}")
     bar = tqdm(total=len(todo), desc="runs", disable=None)

@@ -126,6 +126,14 @@ def difference(setting: Setting) -> str:
     return ", ".join(words[k].format(getattr(setting, k)) for k in changed) or "as SSVI 2 %"
 
 
+def exchanged(setting: Setting) -> str:
+    """How a setting allocates and exchanges."""
+    return (
+        f"{name(setting)}, {setting.policy}, {setting.allocation}; removal {setting.removal}, "
+        f"addition {setting.addition}"
+    )
+
+
 def out_of_distribution(results: Results) -> str:
     """AUROC by predictive entropy, and by its epistemic part."""
     kinds = ("digits", "rotated", "noisy", "inverted")
@@ -231,6 +239,8 @@ def tables(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
         "lenet": lenet,
         "without_posterior": part("without_posterior", name),
         "criteria": part("criteria", difference),
+        "allocation": part("allocation", exchanged),
+        "evidence": part("evidence", exchanged),
         "exchanges": part("exchanges", difference),
         "agreement": agreement(results),
         "robustness": robustness(results),

@@ -139,6 +139,40 @@ def lenet() -> list[Setting]:
     )
 
 
+def allocation() -> list[Setting]:
+    """Each site with a number of its own, or all in competition; from two first allocations."""
+    return seeds(
+        [
+            replace(SPARSE, density=d, policy=policy, addition=addition, allocation=allocation)
+            for d, policy, addition in (
+                (0.05, "erk", "sampled_gradient"),
+                (0.05, "erk", "gradient"),
+                (0.02, "erk", "sampled_gradient"),
+                (0.02, "erk", "gradient"),
+                (0.02, "uniform", "sampled_gradient"),
+            )
+            for allocation in ("per_site", "global")
+        ]
+    )
+
+
+def evidence() -> list[Setting]:
+    """Removal and addition by the log evidence, together and each with the paper's other half."""
+    at = replace(SPARSE, density=0.02)
+    return seeds(
+        [
+            replace(at, removal=removal, addition=addition, allocation=allocation)
+            for removal, addition, allocation in (
+                ("evidence", "evidence", "per_site"),
+                ("evidence", "evidence", "global"),
+                ("evidence", "sampled_gradient", "per_site"),
+                ("snr_abs", "evidence", "per_site"),
+            )
+        ]
+        + [replace(SPARSE, removal="evidence", addition="evidence")]
+    )
+
+
 def robustness() -> list[Setting]:
     """Two epochs each at 12 settings, dense and sparse."""
     grid = product((2e-4, 2e-3, 2e-2), (1e-2, 1e-1), (0.1, 1.0))
@@ -169,6 +203,8 @@ _PARTS: tuple[Callable[[], list[Setting]], ...] = (
     defaults,
     without_posterior,
     criteria,
+    allocation,
+    evidence,
     agreement,
     robustness,
     exchanges,

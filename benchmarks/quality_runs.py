@@ -56,6 +56,7 @@ class Setting:
     :ivar agreement: note after each epoch how alike the criteria's choices are.
     :ivar held_out: test on the last 10 000 training images, train on the others: for choosing
         settings.
+    :ivar allocation: "per_site", or "global": sites compete for active coordinates.
     """
 
     method: str = "ssvi"
@@ -79,6 +80,7 @@ class Setting:
     agreement: bool = False
     held_out: bool = False
     seed: int = 0
+    allocation: str = "per_site"
 
 
 class Data(NamedTuple):
@@ -204,6 +206,7 @@ class Bayesian(Contender):
                 addition=replace(ADDITION[setting.addition], batches=setting.batches)
                 if setting.batches > 1
                 else setting.addition,
+                allocation=setting.allocation,
                 schedule=CosineSchedule(every, setting.share, stop)
                 if setting.share
                 else ConstantSchedule(every=num_steps + 1),

@@ -5,19 +5,101 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .active_set import ActiveSet, draw_distinct
-from .exchange import top_inactive
+from .allocation import Compare, Rounds, as_they_are, fill
+from .distributions import rows_of, taken
+from .evidence import addition_gain, laplace
+from .exchange import read_at, top_inactive, unit_scores
 from .gradient_record import GradientRecord
+from .joint_step import squares_along
 
-__all__ = ["Addition", "Gradient", "Random", "addition_criterion"]
+__all__ = ["Addition", "Evidence", "Gradient", "Random", "addition_criterion"]
+
+
+class Addition:
+    """A criterion. Its subclasses say how inactive coordinates, or tiles of them, compare.
+
+    :ivar batches: from how many steps before an exchange it wants gradients recorded.
+    :ivar samples: how many draws each of them takes; all but the step's own cost a pass.
+    :ivar at: ``"sample"``, or ``"mean"`` for a pass with q at its mean.
+    """
+
+    batches: int = 0
+    samples: int = 1
+    at: str = "sample"
+
+    def rounds(self, n: int) -> Rounds:
+        """How many of ``n`` are chosen by which function of the scores, one after the other."""
+        return [(n, as_they_are)]
+
+    def propose(
+        self,
+        active: ActiveSet,
+        m: int,
+        record: GradientRecord,
+        compare: Compare = as_they_are,
+        room: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The ``m`` best inactive units of a site, single coordinates or tiles.
+
+        :param compare: a function of the units' scores; the largest results are best.
+        :param room: in groups that keep their number, how many of each, as
+            :func:`pyro_ssvi.exchange.room` has it.
+        :return: flat indices in ``active.units``, and what ``compare`` made of their scores.
+        """
+        raise NotImplementedError
+
+    def choose(
+        self, active: ActiveSet, n: int, record: GradientRecord, room: Tensor | None = None
+    ) -> Tensor:
+        """``n`` inactive units of a site, as flat indices.
+
+        :raises FloatingPointError: if one of the ``n`` largest scores is not finite.
+        """
+        return choose_from(
+            self, n, lambda m, compare: self.propose(active, m, record, compare, room), room
+        )
+
+    def read(self, active: ActiveSet, indices: Tensor, record: GradientRecord) -> Tensor:
+        """What scores are computed from, at sorted flat indices of coordinates: sums that processes
+        average, ``[..., n]``."""
+        raise NotImplementedError
+
+    def scores_at(
+        self,
+        active: ActiveSet,
+        indices: Tensor,
+        sums: Tensor,
+        record: GradientRecord,
+        processes: int = 1,
+    ) -> Tensor:
+        """The scores of coordinates, ``[n]``.
+
+        :param sums: what :meth:`read` gave, or its mean over several processes.
+        """
+        raise NotImplementedError
+
+
+def choose_from(
+    criterion: Addition,
+    n: int,
+    propose: Callable[[int, Compare], tuple[Tensor, Tensor]],
+    room: Tensor | None = None,
+) -> Tensor:
+    """``n`` units of one site, of those that ``propose(m, compare)`` gives."""
+    rounds = criterion.rounds(n)
+    if room is not None and len(rounds) > 1:
+        rounds = [(n, as_they_are)]  # what one round leaves of a group is too little for another
+    return fill(rounds, lambda _, m, compare: propose(m, compare), [0], [n])[0]
 
 
 @dataclass(frozen=True)
-class Gradient:
+class Gradient(Addition):
     """Add where the loss's gradient with respect to the inactive coordinate is largest.
 
     This is the paper's criterion (arXiv 2402.11025, section 3.3), with the expectation under q
@@ -56,35 +138,37 @@ class Gradient:
         if self.at == "mean" and self.samples > 1:
             raise ValueError("Gradient(at='mean') draws no samples: leave out samples=")
 
-    def choose(self, active: ActiveSet, n: int, record: GradientRecord) -> Tensor:
-        """``n`` inactive coordinates, as flat indices.
-
-        :raises FloatingPointError: if one of the ``n`` largest scores is not finite.
-        """
-
-        def top(n: int, score: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-            return top_inactive(active, n, lambda a, b: score(record.block(active, a, b)))
-
-        return self.choose_by(top, n)
-
-    def choose_by(self, top: Callable[[int, Callable], tuple[Tensor, Tensor]], n: int) -> Tensor:
-        """``n`` coordinates, the largest and those that are drawn.
-
-        :param top: ``top(n, score)`` gives the coordinates whose gradients have the ``n`` largest
-            scores, and these.
-        :raises FloatingPointError: as :meth:`choose`.
-        """
+    def rounds(self, n: int) -> Rounds:
         drawn = math.floor(self.sampled * n)
-        added, _ = _finite(n - drawn, *top(n - drawn, self.scores))
-        if drawn:
-            # So many that enough are left when those that are added already have gone.
-            first, scores = _finite(n, *top(n, self.race))
-            scores = scores.masked_fill(torch.isin(first, added), -math.inf)
-            added = torch.cat([added, first[scores.topk(drawn, sorted=False).indices]])
-        return added
+        return [each for each in ((n - drawn, as_they_are), (drawn, race)) if each[0]]
+
+    def propose(
+        self,
+        active: ActiveSet,
+        m: int,
+        record: GradientRecord,
+        compare: Compare = as_they_are,
+        room: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        units = unit_scores(active, lambda a, b: self.scores(record.block(active, a, b)))
+        return top_inactive(active, m, lambda a, b: compare(units(a, b)), room=room)
+
+    def read(self, active: ActiveSet, indices: Tensor, record: GradientRecord) -> Tensor:
+        """The gradient's sum over batches and samples, ``[n]``."""
+        return read_at(active, indices, partial(record.block, active))
+
+    def scores_at(
+        self,
+        active: ActiveSet,
+        indices: Tensor,
+        sums: Tensor,
+        record: GradientRecord,
+        processes: int = 1,
+    ) -> Tensor:
+        return self.scores(sums)
 
     def scores(self, total: Tensor) -> Tensor:
-        """What is compared, of the same shape as the gradient.
+        """The scores of coordinates, of the same shape as the gradient.
 
         :param total: the gradient's sum over batches and samples.
         """
@@ -99,39 +183,151 @@ class Gradient:
             )
         return scores
 
-    def race(self, total: Tensor) -> Tensor:
-        """Scores by exponential times: the first in a race are the largest.
 
-        :param total: as for :meth:`scores`.
-        """
-        scores = self.scores(total)
-        return scores / torch.empty_like(scores).exponential_().clamp_(min=1e-20)
-
-
-def _finite(n: int, chosen: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    # NaN and infinity come first among the largest.
-    if len(chosen) < n or not scores.isfinite().all():
-        raise FloatingPointError("its gradient is not finite")
-    return chosen, scores
+def race(scores: Tensor) -> Tensor:
+    """Speeds of an exponential race: the first ``n`` are ``n`` draws in proportion to scores."""
+    return scores / torch.empty_like(scores).exponential_().clamp_(min=1e-20)
 
 
 @dataclass(frozen=True)
-class Random:
+class Random(Addition):
     """Add inactive coordinates drawn uniformly, as SET does."""
 
     batches: int = 0
 
-    def choose(self, active: ActiveSet, n: int, record: GradientRecord) -> Tensor:
-        """``n`` inactive coordinates, as flat indices."""
-        return draw_distinct(active.numel(), n, exclude=active.indices)
+    def propose(
+        self,
+        active: ActiveSet,
+        m: int,
+        record: GradientRecord,
+        compare: Compare = as_they_are,
+        room: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        units = active.units
+        if room is not None:
+            cols = active.matrix_shape[1]
+            return top_inactive(
+                active, m, lambda a, b: torch.rand(b - a, cols, device=active.device), room=room
+            )
+        chosen = draw_distinct(units.numel(), m, exclude=units.indices)
+        # Scores that make those of all sites alike: every inactive unit arrives after a time of
+        # its own, exponentially distributed, and these are the first to arrive.
+        waiting = units.numel() - len(units) - torch.arange(m, device=active.device)
+        steps = torch.empty(m, dtype=torch.float64, device=active.device).exponential_() / waiting
+        order = torch.randperm(m, device=active.device)  # they come sorted
+        return chosen[order], -steps.cumsum(0)
 
 
-Addition = Gradient | Random
+@dataclass(frozen=True)
+class Evidence(Addition):
+    """Add where the log evidence would grow most, beyond the paper: see
+    :func:`~pyro_ssvi.evidence.addition_gain`.
+
+    New coordinates do not start at loc 0, but on their way to where the parabolas that the gains
+    are computed from have their posteriors, as far as is best for all of them together. A
+    curvature is the sum of the squares of the examples' gradients, the empirical Fisher
+    information. What of a squared gradient is due to the choice of the batches is subtracted.
+    The price: sites have normal priors around 0, the loss one particle, and the memory is that of
+    as many batches' activations.
+
+    :param batches: gradients and curvatures are averaged over the last so many steps.
+    """
+
+    batches: int = 10
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.batches, int) or self.batches < 1:
+            raise ValueError(f"Evidence expects batches >= 1, got {self.batches!r}")
+
+    def propose(
+        self,
+        active: ActiveSet,
+        m: int,
+        record: GradientRecord,
+        compare: Compare = as_they_are,
+        room: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The ``m`` best inactive coordinates and their gains in nats."""
+        return top_inactive(active, m, lambda a, b: self.gains(active, a, b, record), room=room)
+
+    def gains(self, active: ActiveSet, start: int, stop: int, record: GradientRecord) -> Tensor:
+        """The gains of these rows of the site's matrix."""
+        sums = torch.stack([record.block(active, start, stop), record.squares(active, start, stop)])
+        scale = rows_of(record.priors[active].normal.scale, start, stop)
+        return addition_gain(*self.parabola(active, sums, record), scale)
+
+    def read(self, active: ActiveSet, indices: Tensor, record: GradientRecord) -> Tensor:
+        """The sums of gradients and of their squares, ``[2, n]``, at sorted flat indices."""
+        parts = (partial(record.block, active), partial(record.squares, active))
+        return torch.stack([read_at(active, indices, part) for part in parts])
+
+    def scores_at(
+        self,
+        active: ActiveSet,
+        indices: Tensor,
+        sums: Tensor,
+        record: GradientRecord,
+        processes: int = 1,
+    ) -> Tensor:
+        """The gains at some indices.
+
+        :param sums: what :meth:`read` gave, or its mean over several processes.
+        """
+        scale = taken(record.priors[active].normal.scale, active.shape, indices)
+        return addition_gain(*self.parabola(active, sums, record, processes), scale)
+
+    def first_values(
+        self,
+        active: ActiveSet,
+        indices: Tensor,
+        sums: Tensor,
+        record: GradientRecord,
+        processes: int = 1,
+    ) -> tuple[Tensor, Tensor]:
+        """Location and scale of new coordinates; arguments as for :meth:`scores_at`.
+
+        Each has its :func:`~pyro_ssvi.evidence.laplace` values, but that all go only as far as is
+        best for all of them together: many want the same thing, and would overshoot.
+        """
+        prior_scale = taken(record.priors[active].normal.scale, active.shape, indices)
+        gradient, curvature = self.parabola(active, sums, record, processes)
+        loc, scale = laplace(gradient, curvature, prior_scale)
+        # The parabola along loc, with the curvature that the examples' gradients have along it.
+        along = torch.stack([sums[0].new_zeros(()), squares_along(record, active, indices, loc)])
+        _, resistance = self.parabola(active, along, record)
+        resistance = resistance + (loc / prior_scale).square().sum()
+        pull = torch.dot(gradient, loc)
+        return loc * (pull / resistance).nan_to_num().clamp(max=1), scale
+
+    def parabola(
+        self, active: ActiveSet, sums: Tensor, record: GradientRecord, processes: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Gradient and curvature of the log likelihood of all data at 0.
+
+        With ``m`` batches, in each of which an example stands for ``s`` and has the gradient
+        ``s g_i``, gradients add up to ``m g``, and their squares to ``m s h``. The latter are
+        also ``m^2`` times the variance of ``g`` as estimated, but for the share of all data that
+        was seen, ``m / s``. If the loss has ``weight`` times the prior's log density, all of it
+        is taken ``1 / weight`` times: the likelihood is tempered.
+
+        :param sums: as :meth:`read` gives them, of any shape ``[2, ...]``.
+        """
+        weight = record.priors[active].weight
+        m = len(record.scales)
+        stands_for = sum(record.scales) / m / weight
+        gradient, squares = -sums[0] / (m * weight), sums[1] / (m * weight**2)
+        m *= processes
+        noise = squares * (max(1 - m / stands_for, 0) / m)
+        gradient = gradient.sign() * (gradient.square() - noise).clamp(min=0).sqrt()
+        return gradient, squares / stands_for
+
+
 ADDITION: dict[str, Addition] = {
     "gradient": Gradient(),
     "sampled_gradient": Gradient(sampled=1.0),
     "mixed_gradient": Gradient(sampled=0.75),
     "random": Random(),
+    "evidence": Evidence(),
 }
 
 
@@ -140,7 +336,7 @@ def addition_criterion(spec: str | Addition | Callable[[Tensor], Tensor]) -> Add
 
     :raises ValueError: if no criterion has this name.
     """
-    if isinstance(spec, Gradient | Random):
+    if isinstance(spec, Addition):
         return spec
     if callable(spec) and not isinstance(spec, type):
         return Gradient(score=spec)

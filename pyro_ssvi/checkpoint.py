@@ -95,6 +95,7 @@ def state_of(svi: Any) -> dict[str, Any]:
             for site, active in guide.active_sets.items()
             if active in svi._record
         ],
+        "scales": svi._record.scales,
         "elbo": {
             "max_plate_nesting": getattr(_elbo(svi), "max_plate_nesting", math.inf),
             "may_fuse": svi._may_fuse,
@@ -399,6 +400,7 @@ class Staged:
         self._commit_optimizers()
         svi.steps = state["steps"]
         svi._record = GradientRecord()
+        svi._record.scales = list(state.get("scales", ()))  # older files have none
         guides = dict(_sparse_guides(svi))
         for prefix, site, parts in self.record:
             svi._record.add_parts(guides[prefix].active_sets[site], parts)

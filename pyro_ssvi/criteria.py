@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.special import ndtr
 
+from .evidence import removal_loss
+
 __all__ = [
     "REMOVAL",
     "Criterion",
@@ -148,16 +150,20 @@ REMOVAL: dict[str, Criterion] = {
 }
 
 
-def removal_criterion(spec: str | Criterion) -> Criterion:
+def removal_criterion(spec: str | Criterion) -> Callable[..., Tensor]:
     """The criterion of this name, or the callable itself.
+
+    ``"evidence"`` is :func:`~pyro_ssvi.evidence.removal_loss`, which takes the prior's scale, too.
 
     :raises ValueError: if no criterion has this name.
     """
     if callable(spec):
         return spec
+    if spec == "evidence":
+        return removal_loss
     if not isinstance(spec, str) or spec not in REMOVAL:
         raise ValueError(
             f"unknown removal criterion {spec!r}; expected one of {sorted(REMOVAL)}, "
-            "or a callable(loc, scale) -> scores"
+            "'evidence', or a callable(loc, scale) -> scores"
         )
     return REMOVAL[spec]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from pyro import poutine
@@ -13,13 +13,24 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from .active_set import ActiveSet
-from .distributions import SubspaceMessenger
+from .addition import Evidence
+from .distributions import SubspaceMessenger, taken
+from .evidence import removal_gain
+from .exchange import rows_at_once
+from .gradient_record import GradientRecord
+from .model_messages import EvidenceMessenger
+from .random_state import leaving_no_trace
+
+if TYPE_CHECKING:
+    from .svi import SSVI
 
 __all__ = [
     "ELBOParts",
+    "Support",
     "Uncertainty",
     "class_calibration_error",
     "elbo_parts",
+    "evidence_support",
     "overlap",
     "uncertainty",
 ]
@@ -91,6 +102,72 @@ def _kl(guide_site: Any, model_site: Any) -> Tensor:
 def _log_prob(site: Any) -> Tensor:
     log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
     return scale_and_mask(log_prob, site["scale"], site["mask"]).sum()
+
+
+class Support(NamedTuple):
+    """How many coordinates of a site the data pay for.
+
+    :ivar numel: all of them.
+    :ivar active: the active ones.
+    :ivar kept: the active ones whose removal would cost evidence.
+    :ivar promising: the inactive ones whose addition, each alone, would gain evidence.
+    """
+
+    numel: int
+    active: int
+    kept: int
+    promising: int
+
+    @property
+    def density(self) -> float:
+        """The share that evidence would have active, were each coordinate alone.
+
+        Promising ones often want the same thing, so in a network it is too high; while ``kept``
+        is well below ``active``, the density is higher than the data pay for.
+        """
+        return (self.kept + self.promising) / self.numel
+
+
+def evidence_support(svi: SSVI, batches: Iterable[tuple]) -> dict[str, Support]:
+    """What density the log evidence suggests for each sparse site, see :mod:`pyro_ssvi.evidence`::
+
+        for name, support in evidence_support(svi, [(x, y)]).items():
+            print(f"{name}: {support.kept} of {support.active} kept, {support.promising} more")
+
+    :param svi: in training, or trained; nothing in it changes. Its guide has a posterior, and its
+        sparse sites have normal priors around 0.
+    :param batches: arguments of the model; ten batches or more, or one of all data.
+    """
+    record = GradientRecord()
+    with leaving_no_trace():
+        for args in batches:
+            with EvidenceMessenger(record):
+                svi._backward(args, {}, record=record)
+    result = {}
+    with torch.no_grad():
+        for guide in svi.guides:
+            parts = guide.split(*guide.for_removal())
+            for site, (loc, scale) in zip(guide.sites, parts, strict=True):
+                active = guide.active_sets[site.name]
+                if site.is_sparse and active in record:
+                    prior = record.priors[active].normal
+                    prior_scale = taken(prior.scale, active.shape, active.indices)
+                    kept = int((removal_gain(loc, scale, prior_scale) < 0).sum())
+                    promising = _promising(active, record)
+                    result[site.name] = Support(active.numel(), len(active), kept, promising)
+    return result
+
+
+def _promising(active: ActiveSet, record: GradientRecord) -> int:
+    criterion = Evidence(len(record.scales))
+    rows, cols = active.matrix_shape
+    step = rows_at_once(cols)
+    total = sum(
+        int((criterion.gains(active, start, min(start + step, rows), record) > 0).sum())
+        for start in range(0, rows, step)
+    )
+    sums = criterion.read(active, active.indices, record)
+    return total - int((criterion.scores_at(active, active.indices, sums, record) > 0).sum())
 
 
 class Uncertainty(NamedTuple):

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from . import checkpoint, posterior
 from .active_set import ActiveSet
-from .addition import Gradient
+from .addition import Evidence, Random
+from .allocation import Compare
 from .errors import warn_caller
-from .exchange import Move, read_at, swap
+from .exchange import best
 from .gradient_record import GradientRecord
 from .guides import AutoSparseGuide
 from .random_state import leaving_no_trace
-from .svi import SSVI
+from .svi import SSVI, Choice
 
 __all__ = ["DistributedSSVI"]
 
@@ -93,7 +94,7 @@ class DistributedSSVI(SSVI):
         state = self._in_all("gather the state", super().state_dict)
         if self._params:
             self._check_equal()
-        own = {key: state[key] for key in ("record", "random")}
+        own = {key: state[key] for key in ("record", "scales", "random")}
         return {**state, "ranks": self._gathered(own)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -132,7 +133,7 @@ class DistributedSSVI(SSVI):
             state = read()
             ranks = state.get("ranks", [])
             same = len(ranks) == self.world_size
-            own = ranks[self.rank] if same else {"record": []}
+            own = ranks[self.rank] if same else {"record": [], "scales": []}
             return checkpoint.stage(self, {**state, **own}, source), same
 
         staged, same = self._in_all("load", stage)
@@ -190,10 +191,11 @@ class DistributedSSVI(SSVI):
         settings |= {f"buffer {name!r}": _described(buffer) for name, buffer in self._buffers()}
         for guide in self.guides:
             for i, site in enumerate(guide.sites):
-                what = f"number {i}, {site.k} active of {tuple(site.shape)}"
+                what = f"number {i}, {site.k} active of {tuple(site.shape)}, {site.structure}"
                 settings[f"site {site.name!r}"] = what
         settings["schedule"] = str(checkpoint.schedule_state(self.schedule))
         settings["addition"] = f"{type(self.addition).__name__}(batches={self.addition.batches})"
+        settings["allocation"] = self.allocation
         settings["loss"] = type(self._elbo).__name__
         values = {"kl_weight": self.kl_weight, "local_reparam": self.local_reparam}
         options = self.optim.pt_optim_args
@@ -269,10 +271,17 @@ class DistributedSSVI(SSVI):
         look = super()._look
         self._in_all("exchange", lambda: look(args, kwargs))
 
-    def _plan(self, guide: AutoSparseGuide, share: float, record: GradientRecord) -> dict:
-        plan = super()._plan
+    def _choices(
+        self, guide: AutoSparseGuide, share: float, record: GradientRecord
+    ) -> dict[str, Choice]:
+        """One choice of all processes.
+
+        Those leave that do in rank 0: with a criterion that draws they may be others. Of those
+        that are to come in any process, the best come.
+        """
+        choices = super()._choices
         if self.world_size == 1:
-            return plan(guide, share, record)
+            return choices(guide, share, record)
         active_sets = guide.active_sets
         recorded = [active in record for active in active_sets.values()]
         everywhere = torch.tensor(recorded, device=self._device).to(torch.int64)
@@ -280,44 +289,58 @@ class DistributedSSVI(SSVI):
         for active, kept in zip(active_sets.values(), everywhere.tolist(), strict=True):
             if not kept:
                 record.discard(active)
-        own = self._in_all("plan an exchange", lambda: plan(guide, share, record))
-        return {
-            name: self._merged(name, active_sets[name], move, record) for name, move in own.items()
-        }
+        own = self._in_all("plan an exchange", lambda: choices(guide, share, record))
+        removed = {name: self._of_first(choice.removed) for name, choice in own.items()}
+        if isinstance(self.addition, Random):
+            added = {name: choice.added for name, choice in own.items()}
+        else:
+            pools = {
+                active_sets[name]: self._pool(active_sets[name], choice.added, record)
+                for name, choice in own.items()
+            }
 
-    def _merged(self, name: str, active: ActiveSet, move: Move, record: GradientRecord) -> Move:
-        """One move of all processes.
+            def propose(
+                active: ActiveSet, m: int, compare: Compare, room: Tensor | None
+            ) -> tuple[Tensor, Tensor]:
+                candidates, scores = pools[active]
+                return best(active, candidates, compare(scores), min(m, len(scores)), room)
 
-        Those leave that do in rank 0: with a criterion that draws they may be others. Of those
-        that are to come in any process, the best come.
+            added = self._in_all(
+                "choose coordinates", lambda: self._arrivals(guide, removed, propose)
+            )
+        return {name: Choice(removed[name], self._of_first(each)) for name, each in added.items()}
+
+    def _pool(
+        self, active: ActiveSet, own: Tensor, record: GradientRecord
+    ) -> tuple[Tensor, Tensor]:
+        """All that processes propose for a site, and its scores by what they know together.
+
+        :param own: flat indices of units.
         """
-        new = move.source < 0
-        added = move.indices[new]
-        leaves = torch.ones(len(active), dtype=torch.bool, device=active.device)
-        removed = leaves.index_fill_(0, move.source[~new], False).nonzero().squeeze(-1)
-        if isinstance(self.addition, Gradient):
-            added = self._best(self.addition, active, added, record)
-        for choice in (removed, added):
-            self._take_from_first(choice)
-        if added[0] < 0:
-            raise FloatingPointError(f"site {name!r}: its gradient is not finite")
-        return swap(active, removed, added)
+        candidates = self._from_all(own).unique()
+        places, order = active.unit_coordinates(candidates).flatten().sort()
+        sums = self._read(active, places, record)
+        scores = self.addition.scores_at(active, places, sums, record, self.world_size)
+        scores = torch.empty_like(scores).scatter_(0, order, scores)
+        return candidates, scores.view(len(candidates), -1).sum(-1)
 
-    def _best(
-        self, addition: Gradient, active: ActiveSet, own: Tensor, record: GradientRecord
-    ) -> Tensor:
-        """Of all that processes propose, as many as each does: the best by the mean gradient.
+    def _read(self, active: ActiveSet, places: Tensor, record: GradientRecord) -> Tensor:
+        """What all processes know of some coordinates, on average."""
+        sums = self.addition.read(active, places, record)
+        dist.all_reduce(sums, group=self.process_group)
+        return sums / self.world_size
 
-        :param own: flat indices, ``[n]``.
-        :return: ``[n]``, or -1 everywhere if a score is not finite.
-        """
-        proposed = [torch.empty_like(own) for _ in range(self.world_size)]
-        dist.all_gather(proposed, own, group=self.process_group)
-        candidates = torch.cat(proposed).unique()
-        total = read_at(active, candidates, lambda a, b: record.block(active, a, b))
-        dist.all_reduce(total, group=self.process_group)
-        scores, best = addition.scores(total / self.world_size).topk(len(own), sorted=False)
-        return torch.where(scores.isfinite().all(), candidates[best], -1)
+    def _first_values(
+        self, active: ActiveSet, added: Tensor, record: GradientRecord
+    ) -> tuple[Tensor, Tensor]:
+        if self.world_size == 1:
+            return super()._first_values(active, added, record)
+        assert isinstance(self.addition, Evidence)
+        sums = self._read(active, added, record)
+        first = self.addition.first_values(active, added, sums, record, self.world_size)
+        for values in first:  # the prior's scale may be another
+            self._take_from_first(values)
+        return first
 
     def _exchange(self, share: float, optim: torch.optim.Optimizer | None = None) -> dict[str, int]:
         if self.world_size == 1:
@@ -428,6 +451,27 @@ class DistributedSSVI(SSVI):
     def _source(self) -> int:
         group = self.process_group
         return 0 if group is None else dist.get_global_rank(group, 0)
+
+    def _of_first(self, values: Tensor) -> Tensor:
+        """What rank 0 has, ``[n]``, of whatever size."""
+        size = torch.tensor([len(values)], device=self._device)
+        self._take_from_first(size)
+        same = len(values) == int(size)
+        result = values.clone() if same else values.new_empty(int(size))
+        self._take_from_first(result)
+        return result
+
+    def _from_all(self, values: Tensor) -> Tensor:
+        """What all have, one after the other."""
+        own = torch.tensor([len(values)], device=self._device)
+        sizes = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(sizes, own, group=self.process_group)
+        lengths = [int(size) for size in sizes]
+        message = values.new_zeros(max(lengths))
+        message[: len(values)] = values
+        messages = [torch.empty_like(message) for _ in lengths]
+        dist.all_gather(messages, message, group=self.process_group)
+        return torch.cat([each[:n] for each, n in zip(messages, lengths, strict=True)])
 
     def _take_from_first(self, tensor: Tensor) -> None:
         message = tensor.detach().contiguous()

@@ -343,27 +343,42 @@ def _is_given_by_parameters(family: Any) -> bool:
 
 def _take(param: Tensor, active: ActiveSet) -> Tensor:
     """The active entries of ``param [*extra, *shape]``, reading a repeated number once."""
-    extra = param.dim() - len(active.shape)
-    small = _without_repeats(param)
+    return taken(param, active.shape, active.indices)
+
+
+def taken(param: Tensor, shape: torch.Size, indices: Tensor) -> Tensor:
+    """Entries of ``param [*extra, *shape]``, reading a repeated number once.
+
+    :param indices: flat, in ``shape``, ``[n]``.
+    :return: ``[*extra, n]``, or ``[*extra, 1]`` if all are one number.
+    """
+    extra = param.dim() - len(shape)
+    small = without_repeats(param)
     sizes = small.shape
     if sizes == param.shape:
-        return active.gather(param)
+        return param.reshape(*sizes[:extra], -1).index_select(-1, indices)
     if all(size == 1 for size in sizes[extra:]):
         return small.reshape(*sizes[:extra], 1)
-    places = torch.unravel_index(active.indices, active.shape)
-    flat = torch.zeros_like(active.indices)
+    places = torch.unravel_index(indices, shape)
+    flat = torch.zeros_like(indices)
     for size, place in zip(sizes[extra:], places, strict=True):
         flat = flat * size + (place if size > 1 else 0)
     return small.reshape(*sizes[:extra], -1).index_select(-1, flat)
 
 
+def rows_of(param: Tensor, start: int, stop: int) -> Tensor:
+    """Rows of ``param [*shape]`` as a matrix, or the number ``[1]`` that all its entries are."""
+    number = single_number(param)
+    return param[start:stop].reshape(stop - start, -1) if number is None else number
+
+
 def single_number(param: Tensor) -> Tensor | None:
     """The number ``[1]`` that ``expand()`` repeated to make a tensor, or None."""
-    small = _without_repeats(param)
+    small = without_repeats(param)
     return small.reshape(1) if small.numel() == 1 else None
 
 
-def _without_repeats(param: Tensor) -> Tensor:
+def without_repeats(param: Tensor) -> Tensor:
     """A tensor with the dimensions along which it repeats cut down to size 1."""
     sizes = [
         1 if stride == 0 else size for size, stride in zip(param.shape, param.stride(), strict=True)

@@ -19,6 +19,7 @@ __all__ = [
     "carry",
     "read_at",
     "room",
+    "rows_at_once",
     "smallest",
     "swap",
     "top_inactive",
@@ -33,14 +34,18 @@ BLOCK_BYTES = 2 * 2**20
 class Move(NamedTuple):
     """What an exchange does to one site.
 
-    :param indices: the new active coordinates, sorted int64 ``[K]``.
+    :param indices: the new active coordinates, sorted int64 ``[K]``; K may be another than before
+        if what all sites of the guide have together stays the same.
     :param source: for each of them its place among the old ones, or -1 if it is new: ``[K]``.
     :param size: how many are new.
+    :param first: location and scale of the new ones, in the order of their indices, where they
+        have any of their own: ``[size]`` each.
     """
 
     indices: Tensor
     source: Tensor
     size: int
+    first: tuple[Tensor, Tensor] | None = None
 
 
 def smallest(scores: Tensor, n: int) -> Tensor:
@@ -79,7 +84,7 @@ def swap(active: ActiveSet, removed: Tensor, added: Tensor) -> Move:
     """Take ``removed`` out of an active set and put ``added`` in.
 
     :param removed: int64 ``[n]``, distinct places in ``active.units``.
-    :param added: int64 ``[n]``, distinct flat indices of inactive units.
+    :param added: int64 ``[m]``, distinct flat indices of inactive units.
     """
     move = _swap(active.units, removed, added)
     if active.units is active:
@@ -93,7 +98,6 @@ def swap(active: ActiveSet, removed: Tensor, added: Tensor) -> Move:
 
 
 def _swap(active: ActiveSet, removed: Tensor, added: Tensor) -> Move:
-    assert len(removed) == len(added)
     leaves = torch.zeros(len(active), dtype=torch.int8, device=active.device)
     leaves.index_fill_(0, removed, 1)
     # Those that stay come first: a sort, where nonzero() would wait for the device.
@@ -132,7 +136,7 @@ def unit_scores(
             scores = block(start * rows, stop * rows)
             return scores.unflatten(0, (-1, rows)).unflatten(-1, (-1, cols)).sum((1, 3))
         # Units may be as tall as the site.
-        step = _rows_at_once(active.matrix_shape[1], block_bytes)
+        step = rows_at_once(active.matrix_shape[1], block_bytes)
         parts = [
             block(first, min(first + step, stop * rows)).unflatten(1, (-1, cols)).sum((0, 2))
             for first in range(start * rows, stop * rows, step)
@@ -162,7 +166,7 @@ def top_inactive(
         there are not so many with a score above -inf, the rest have -inf, and any index, or are
         missing.
     """
-    step = _rows_at_once(active.matrix_shape[1] * active.tile[0], block_bytes)
+    step = rows_at_once(active.matrix_shape[1] * active.tile[0], block_bytes)
     structure, active = active.structure, active.units
     rows, cols = active.matrix_shape
     if step >= rows and room is None:
@@ -235,7 +239,7 @@ def read_at(
     :return: ``[n]``.
     """
     rows, cols = active.matrix_shape
-    step = _rows_at_once(cols, block_bytes)
+    step = rows_at_once(cols, block_bytes)
     starts = torch.arange(0, rows + step, step, device=active.device) * cols
     sizes = torch.searchsorted(indices, starts).diff().tolist()
     parts = [
@@ -243,8 +247,9 @@ def read_at(
         for start, part in zip(range(0, rows, step), indices.split(sizes), strict=True)
         if len(part)
     ]
-    return torch.cat(parts)
+    return torch.cat(parts or [block(0, 1).reshape(-1)[:0]])
 
 
-def _rows_at_once(cols: int, block_bytes: int | None) -> int:
+def rows_at_once(cols: int, block_bytes: int | None = None) -> int:
+    """How many rows of a site's matrix make a block."""
     return max(1, (BLOCK_BYTES if block_bytes is None else block_bytes) // (4 * cols))

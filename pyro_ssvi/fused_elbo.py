@@ -60,7 +60,7 @@ class FusedELBO:
             raise NotFusedError
         self.loss, self.guide = loss, guide
         self.closed_form = isinstance(loss, TraceMeanField_ELBO) and guide.mean_field
-        self._sizes: dict[tuple[int, ...], Tensor] = {}
+        self._sizes: tuple[tuple[int, ...], Tensor] | None = None
 
     def __call__(
         self,
@@ -143,9 +143,9 @@ class FusedELBO:
         return kl_weight * divergence - likelihood
 
     def _as_tensor(self, sizes: tuple[int, ...], like: Tensor) -> Tensor:
-        if sizes not in self._sizes:  # copied to a device once
-            self._sizes[sizes] = torch.tensor(sizes, dtype=like.dtype, device=like.device)
-        return self._sizes[sizes]
+        if self._sizes is None or self._sizes[0] != sizes:  # copied to a device once
+            self._sizes = sizes, torch.tensor(sizes, dtype=like.dtype, device=like.device)
+        return self._sizes[1]
 
     @staticmethod
     def _numbers(site: Site, msg: Any) -> tuple[Tensor, Tensor] | None:

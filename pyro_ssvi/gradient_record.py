@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import Normal
 
 from .active_set import ActiveSet
 from .patches import Patches
 
-__all__ = ["GradientRecord", "recording"]
+__all__ = ["GradientRecord", "Prior", "recording"]
 
 _CURRENT: ContextVar[GradientRecord | None] = ContextVar("gradient_record", default=None)
 
@@ -34,6 +35,9 @@ class Product(NamedTuple):
 
     def block(self, start: int, stop: int) -> Tensor:
         return self.g[start:stop] @ self.x.t()
+
+    def squares(self, start: int, stop: int) -> Tensor:
+        return self.g[start:stop].square() @ self.x.t().square()
 
 
 class Convolution(NamedTuple):
@@ -57,6 +61,16 @@ class Convolution(NamedTuple):
             start = end
         return torch.cat(parts)
 
+    def squares(self, start: int, stop: int) -> Tensor:
+        images = zip(self.g.split(1), self.x.split(1), strict=True)
+        first, *others = (
+            Convolution(g, x, self.patches, self.groups).block(start, stop).square_()
+            for g, x in images
+        )
+        for other in others:
+            first += other
+        return first
+
 
 class Rows(NamedTuple):
     """The gradient with each row of ``g [b, cols]`` at the row that ``place [b]`` names."""
@@ -71,6 +85,9 @@ class Rows(NamedTuple):
         block = self.g.new_zeros(stop - start + 1, self.g.shape[1])
         return block.index_add_(0, place, self.g)[:-1]
 
+    def squares(self, start: int, stop: int) -> Tensor:
+        return Rows(self.place, self.g.square()).block(start, stop)
+
 
 class Dense(NamedTuple):
     """The gradient itself, ``[rows, cols]``."""
@@ -80,11 +97,28 @@ class Dense(NamedTuple):
     def block(self, start: int, stop: int) -> Tensor:
         return self.g[start:stop]
 
+    def squares(self, start: int, stop: int) -> Tensor:
+        raise ValueError(
+            "it was used as a dense tensor, whose gradient does not tell examples apart: use "
+            "addition='gradient', or products that have a sparse rule (see dense_fallbacks)"
+        )
+
 
 Part = Product | Convolution | Rows | Dense
 _PARTS: dict[str, type[Part]] = {
     part.__name__: part for part in (Product, Convolution, Rows, Dense)
 }
+
+
+class Prior(NamedTuple):
+    """The prior of a site whose elements are normal.
+
+    :param normal: of single elements, batch shape ``shape``.
+    :param weight: what its log density is multiplied by in the loss, such as the KL weight.
+    """
+
+    normal: Normal
+    weight: float
 
 
 class GradientRecord:
@@ -101,6 +135,11 @@ class GradientRecord:
     """
 
     def __init__(self) -> None:
+        #: The prior of each sparse value, from the last run of the model; kept in no file, since
+        #: the step that comes before an exchange tells it.
+        self.priors: dict[ActiveSet, Prior] = {}
+        #: What the log likelihood was multiplied by, in each run of the model.
+        self.scales: list[float] = []
         self._parts: defaultdict[ActiveSet, list[Part]] = defaultdict(list)
         self._token: Token | None = None
 
@@ -149,6 +188,19 @@ class GradientRecord:
         for part in others:
             total = total + part.block(start, stop)
         return total
+
+    def squares(self, active: ActiveSet, start: int, stop: int) -> Tensor:
+        """The same rows of the sum over examples of their gradients' squares.
+
+        An example is a column of a product, an image, or a row that is looked up.
+
+        :raises ValueError: if examples cannot be told apart.
+        """
+        return torch.stack([part.squares(start, stop) for part in self._parts[active]]).sum(0)
+
+    def parts_of(self, active: ActiveSet) -> list[Part]:
+        """What was added."""
+        return self._parts[active]
 
     def parts(self, active: ActiveSet) -> list[list]:
         """What was added, as plain data for a file: for each part its kind and its fields."""

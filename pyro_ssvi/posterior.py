@@ -143,7 +143,7 @@ def _new_guide(state: dict[str, Any], model: Callable) -> tuple[AutoSparseGuide,
     """A guide as yet without numbers, and its state."""
     rows = state["sites"]["sites"]
     sizes = {row["name"]: torch.Size(row["shape"]).numel() for row in rows}
-    densities = {row["name"]: row["k"] / sizes[row["name"]] for row in rows}
+    densities = {row["name"]: row.get("initial_k", row["k"]) / sizes[row["name"]] for row in rows}
     structures = {row["name"]: read_structure(row.get("structure")) for row in rows}
     structures = {name: each for name, each in structures.items() if each is not None}
     kinds: dict[str, Any] = {kind.__name__: kind for kind in KINDS}

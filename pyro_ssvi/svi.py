@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
@@ -30,15 +31,19 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from . import checkpoint, posterior
-from .addition import Addition, Gradient, addition_criterion
+from .active_set import ActiveSet
+from .addition import Addition, Evidence, Gradient, Random, addition_criterion, choose_from
+from .allocation import Compare, Room, check_allocation, depart, fill
 from .criteria import removal_criterion
-from .distributions import SparseNormal, SubspaceMessenger, elementwise_base
+from .distributions import SparseNormal, SubspaceMessenger, elementwise_base, taken
 from .errors import NonFiniteWarning, warn_caller
+from .evidence import removal_loss
 from .exchange import Move, room, swap, weakest
 from .fused_elbo import FusedELBO, NotFusedError
 from .gradient_record import GradientRecord
-from .guides import AutoSparseGuide
+from .guides import AutoSparseDelta, AutoSparseGuide
 from .interrupts import uninterrupted
+from .model_messages import EvidenceMessenger
 from .optimizer_state import carry_state
 from .random_state import leaving_no_trace
 from .schedules import CosineSchedule, Schedule
@@ -46,6 +51,17 @@ from .schedules import CosineSchedule, Schedule
 __all__ = ["SSVI", "SubspaceModel"]
 
 _JIT = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
+
+
+class Choice(NamedTuple):
+    """What an exchange does to one site.
+
+    :param removed: places among its active units, int64.
+    :param added: flat indices of inactive units, int64.
+    """
+
+    removed: Tensor
+    added: Tensor
 
 
 class SubspaceModel(torch.nn.Module):
@@ -90,11 +106,16 @@ class SSVI(SVI):
     :param loss: an ELBO, or any ``callable(model, guide, *args, **kwargs)`` that gives a loss;
         those that compile with torch.jit would keep the first active set.
     :param removal: name of a criterion in :mod:`pyro_ssvi.criteria`, or a ``callable(loc, scale)``
-        that gives scores; the smallest are removed.
+        that gives scores; the smallest are removed. Or ``"evidence"``: those without which the
+        log evidence would grow most, or shrink least.
     :param addition: ``"gradient"``, as in the paper: where the gradient is largest;
-        ``"sampled_gradient"``: drawn in proportion to it; ``"mixed_gradient"``: a quarter the largest,
-        the rest drawn; ``"random"``; an instance of a class in :mod:`pyro_ssvi.addition`, or
-        a ``callable(gradient)`` that gives scores, the largest of which are added.
+        ``"sampled_gradient"``: drawn in proportion to it; ``"mixed_gradient"``: a quarter the
+        largest, the rest drawn; ``"evidence"``; ``"random"``; an instance of a class in
+        :mod:`pyro_ssvi.addition`, or a ``callable(gradient)`` that gives scores, the largest of
+        which are added.
+    :param allocation: ``"per_site"``: each site keeps its number of active coordinates, as in the
+        paper; ``"global"``: those of a guide's sparse sites compete, and their number is constant
+        for all of them together, see :mod:`pyro_ssvi.allocation`.
     :param schedule: when to exchange which share, see :mod:`pyro_ssvi.schedules`. Set ``stop``
         to about three quarters of your number of steps.
     :param new_scale: standard deviation of an added coordinate, or ``"mean"``: the mean of those
@@ -118,6 +139,7 @@ class SSVI(SVI):
         *,
         removal: str | Callable[[Tensor, Tensor], Tensor] = "snr_abs",
         addition: str | Addition | Callable[[Tensor], Tensor] = "mixed_gradient",
+        allocation: str = "per_site",
         schedule: Schedule | None = None,
         new_scale: float | str = "mean",
         kl_weight: float | Callable[[int], float] = 1.0,
@@ -153,11 +175,23 @@ class SSVI(SVI):
             )
         self.removal = removal_criterion(removal)
         self.addition = addition_criterion(addition)
+        self.allocation = check_allocation(allocation)
         self.schedule = CosineSchedule() if schedule is None else schedule
         if self.addition.batches > self.schedule.every:
             raise ValueError(
                 f"addition averages over {self.addition.batches} batches, but the schedule "
                 f"exchanges every {self.schedule.every} steps"
+            )
+        points = any(isinstance(part, AutoSparseDelta) for part in self.guides)
+        if self.removal is removal_loss and points:
+            raise ValueError("removal='evidence' needs a posterior, and AutoSparseDelta has none")
+        if isinstance(self.addition, Evidence) and getattr(loss, "num_particles", 1) > 1:
+            raise ValueError("addition='evidence' needs a loss with one particle")
+        structured = any(part.structure is not None for part in self.guides)
+        if structured and (allocation == "global" or isinstance(self.addition, Evidence)):
+            raise ValueError(
+                "allocation='global' and addition='evidence' exchange single coordinates: leave "
+                "out structure="
             )
         at_mean = isinstance(self.addition, Gradient) and self.addition.at == "mean"
         if at_mean and getattr(loss, "vectorize_particles", False):
@@ -188,7 +222,7 @@ class SSVI(SVI):
                 "the sleep phase of ReweightedWakeSleep draws from the prior, where a sparse "
                 f"guide has density 0: use insomnia=1.0, got {loss.insomnia!r}"
             )
-        if isinstance(self.addition, Gradient):
+        if not isinstance(self.addition, Random):
             raise ValueError(
                 "ReweightedWakeSleep has no gradient in the weights, which it holds fixed: "
                 "use addition='random'"
@@ -229,6 +263,8 @@ class SSVI(SVI):
         capture = poutine.trace(param_only=True)
         try:
             with ExitStack() as stack:
+                if self._needs_priors and (feeds_exchange or self.schedule.due(now)):
+                    stack.enter_context(EvidenceMessenger(self._record))
                 if feeds_exchange:
                     self._collect(stack, args, kwargs)
                 with capture:
@@ -301,8 +337,15 @@ class SSVI(SVI):
     def _look(self, args: tuple, kwargs: dict) -> None:
         """Record what an exchange without a step is decided by."""
         self._record = GradientRecord()
-        if isinstance(self.addition, Gradient):
-            self._backward(args, kwargs, times=self.addition.samples)
+        with EvidenceMessenger(self._record) if self._needs_priors else nullcontext():
+            if not isinstance(self.addition, Random):
+                self._backward(args, kwargs, times=self.addition.samples)
+            elif self._needs_priors:
+                self._backward(args, kwargs)
+
+    @property
+    def _needs_priors(self) -> bool:
+        return self.removal is removal_loss or isinstance(self.addition, Evidence)
 
     def _kl_weight(self) -> float:
         if callable(self.kl_weight):
@@ -364,20 +407,23 @@ class SSVI(SVI):
 
     def _collect(self, stack: ExitStack, args: tuple, kwargs: dict) -> None:
         """Have the gradient of whole sites recorded, in the step itself where that will do."""
-        assert isinstance(self.addition, Gradient)
+        assert not isinstance(self.addition, Random)
         if self.addition.at == "sample":
             self._backward(args, kwargs, times=self.addition.samples - 1)
             stack.enter_context(self._record)
         else:
             self._backward(args, kwargs)
 
-    def _backward(self, args: tuple, kwargs: dict, times: int = 1) -> None:
+    def _backward(
+        self, args: tuple, kwargs: dict, times: int = 1, record: GradientRecord | None = None
+    ) -> None:
         """Record gradients of one batch, and leave none with the parameters."""
+        record = self._record if record is None else record
         at_mean = isinstance(self.addition, Gradient) and self.addition.at == "mean"
         guide = _AtMean()(self.guide) if at_mean else self.guide
         capture = poutine.trace(param_only=True)
         try:
-            with capture, self._record:
+            with capture, record:
                 for _ in range(times):
                     self.loss_and_grads(self.model, guide, *args, **kwargs)
         finally:
@@ -402,41 +448,128 @@ class SSVI(SVI):
                         carry_state(optim, param, source)
         return {name: move.size for _, moves in plans for name, move in moves.items()}
 
+    def _plan(
+        self, guide: AutoSparseGuide, share: float, record: GradientRecord
+    ) -> dict[str, Move]:
+        choices = self._choices(guide, share, record)
+        return {
+            name: self._move(guide.active_sets[name], choice, record)
+            for name, choice in choices.items()
+            if len(choice.removed) or len(choice.added)
+        }
+
     @torch.no_grad()
-    def _plan(self, guide: AutoSparseGuide, share: float, record: GradientRecord) -> dict:
-        moves: dict[str, Move] = {}
-        active_sets = guide.active_sets
+    def _choices(
+        self, guide: AutoSparseGuide, share: float, record: GradientRecord
+    ) -> dict[str, Choice]:
+        """Which units of which sites are to go, and which to come."""
+        scores: dict[str, Tensor] = {}
         parts = guide.split(*guide.for_removal())
         for site, (loc, scale) in zip(guide.sites, parts, strict=True):
-            name, active = site.name, active_sets[site.name]
+            active = guide.active_sets[site.name]
+            if not isinstance(self.addition, Random) and active not in record:
+                continue  # the loss does not depend on this site: no coordinate promises anything
+            if site.is_sparse:
+                loc, scale = loc.to(site.dtype), scale.to(site.dtype)
+                scores[site.name] = self._removal_scores(site.name, active, loc, scale, record)
+        removed = self._departures(guide, scores, share)
+
+        def propose(
+            active: ActiveSet, m: int, compare: Compare, room: Tensor | None
+        ) -> tuple[Tensor, Tensor]:
+            return self.addition.propose(active, m, record, compare, room)
+
+        added = self._arrivals(guide, removed, propose)
+        return {name: Choice(removed[name], added[name]) for name in added}
+
+    def _removal_scores(
+        self, name: str, active: ActiveSet, loc: Tensor, scale: Tensor, record: GradientRecord
+    ) -> Tensor:
+        if self.removal is removal_loss:
+            prior = record.priors[active].normal
+            scores = removal_loss(loc, scale, taken(prior.scale, active.shape, active.indices))
+        else:
+            scores = self.removal(loc, scale)
+        if scores.shape != loc.shape:
+            raise ValueError(
+                f"the removal criterion gave scores {tuple(scores.shape)} for site {name!r}, "
+                f"expected ({len(loc)},)"
+            )
+        if not scores.isfinite().all():
+            raise FloatingPointError(f"the removal scores of site {name!r} are not finite")
+        return scores
+
+    def _departures(
+        self, guide: AutoSparseGuide, scores: dict[str, Tensor], share: float
+    ) -> dict[str, Tensor]:
+        """The places of those that go, in each site's units; sites where none do are left out."""
+        if self.allocation == "global":
+            gone = depart(_rooms(guide, scores), list(scores.values()), share)
+            return dict(zip(scores, gone, strict=False))  # there may be none
+        removed = {}
+        for name, each in scores.items():
+            active = guide.active_sets[name]
             units = active.units
             n = min(math.floor(share * len(units) + 0.5), units.numel() - len(units))
-            if n == 0:
-                continue
-            if isinstance(self.addition, Gradient) and active not in record:
-                continue  # the loss does not depend on this site: no coordinate promises anything
-            scores = self.removal(loc.to(site.dtype), scale.to(site.dtype))
-            if scores.shape != (len(active),):
-                raise ValueError(
-                    f"the removal criterion gave scores {tuple(scores.shape)} for site {name!r}, "
-                    f"expected ({len(active)},)"
-                )
-            if not scores.isfinite().all():
-                raise FloatingPointError(f"the removal scores of site {name!r} are not finite")
-            removed = weakest(active, scores, n)
+            if n:
+                removed[name] = weakest(active, each, n)
+        return removed
+
+    def _arrivals(
+        self, guide: AutoSparseGuide, removed: Mapping[str, Tensor], propose: Callable
+    ) -> dict[str, Tensor]:
+        """The flat indices of those that come, among each site's units.
+
+        :param removed: what :meth:`_departures` gave.
+        :param propose: ``propose(active, m, compare, room)`` gives the ``m`` best of a site.
+        """
+        names, active_sets = list(removed), guide.active_sets
+        if self.allocation == "global":
+
+            def of_site(i: int, m: int, compare: Compare) -> tuple[Tensor, Tensor]:
+                return propose(active_sets[names[i]], m, compare, None)
+
+            gone = [len(each) for each in removed.values()]
+            bounds = [r.addable(n) for r, n in zip(_rooms(guide, removed), gone, strict=True)]
+            rounds = self.addition.rounds(sum(gone))
+            added = fill(rounds, of_site, *zip(*bounds, strict=True)) if names else []
+            return dict(zip(names, added, strict=True))
+        result = {}
+        for name, each in removed.items():
+            active = active_sets[name]
+            places = room(active, each)
+            of_one = partial(_in_site, propose, active, places)
             try:
-                added = self._choose(active, n, record, room(active, removed))
+                result[name] = choose_from(self.addition, len(each), of_one, places)
             except FloatingPointError as error:
                 raise FloatingPointError(f"site {name!r}: {error}") from None
-            moves[name] = swap(active, removed, added)
-        return moves
+        return result
 
-    def _choose(
-        self, active: ActiveSet, n: int, record: GradientRecord, room: Tensor | None
-    ) -> Tensor:
-        if room is None:  # which a criterion of the user's need not know
-            return self.addition.choose(active, n, record)
-        return self.addition.choose(active, n, record, room)
+    def _move(self, active: ActiveSet, choice: Choice, record: GradientRecord) -> Move:
+        added = choice.added.sort().values
+        move = swap(active, choice.removed, added)
+        if isinstance(self.addition, Evidence) and move.size:
+            return move._replace(first=self._first_values(active, added, record))
+        return move
+
+    def _first_values(
+        self, active: ActiveSet, added: Tensor, record: GradientRecord
+    ) -> tuple[Tensor, Tensor]:
+        assert isinstance(self.addition, Evidence)
+        return self.addition.first_values(
+            active, added, self.addition.read(active, added, record), record
+        )
+
+
+def _in_site(
+    propose: Callable, active: ActiveSet, room: Tensor | None, m: int, compare: Compare
+) -> tuple[Tensor, Tensor]:
+    return propose(active, m, compare, room)
+
+
+def _rooms(guide: AutoSparseGuide, names: Iterable[str]) -> list[Room]:
+    sites = {site.name: site for site in guide.sites}
+    return [Room(sites[name].shape.numel(), sites[name].k, sites[name].initial_k) for name in names]
 
 
 def _used(capture: TraceMessenger) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from pyro.infer import ReweightedWakeSleep, TraceMeanField_ELBO
 from training_to_resume import Net, X, Y, bnn, fingerprint, guide_list, make, regression
 
 from pyro_ssvi import AutoSparseNormal, ConstantSchedule, checkpoint
-from pyro_ssvi.addition import Gradient
+from pyro_ssvi.addition import Evidence, Gradient
 from pyro_ssvi.distributed import DistributedSSVI
 from pyro_ssvi.safe_file import Format
 from pyro_ssvi.structures import NM, Tiles
@@ -83,6 +83,18 @@ SETTINGS = {
     "random removal": lambda: {"removal": random_score},
     "sampled": lambda: {"addition": Gradient(sampled=True)},
     "at the mean": lambda: {"addition": Gradient(at="mean")},
+    "evidence": lambda: {
+        "allocation": "global",
+        "removal": "evidence",
+        "addition": Evidence(batches=3),
+    },
+    "sites compete": lambda: {"allocation": "global"},
+    "sites compete at random": lambda: {
+        "allocation": "global",
+        "addition": "random",
+        "removal": random_score,
+    },
+    "sites compete, sampled": lambda: {"allocation": "global", "addition": Gradient(sampled=True)},
     "local reparameterisation": lambda: {"loss": TraceMeanField_ELBO(), "local_reparam": True},
     "scheduler": lambda: {
         "optim": pyro.optim.ExponentialLR(

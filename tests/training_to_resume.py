@@ -19,7 +19,7 @@ from pyro.optim import PyroLRScheduler
 from torch import nn
 
 from pyro_ssvi import SSVI, AutoSparseNormal, ConstantSchedule
-from pyro_ssvi.addition import Gradient
+from pyro_ssvi.addition import Evidence, Gradient
 
 STEPS = 9
 X = torch.linspace(-1, 1, 240).reshape(20, 12).sin()
@@ -137,6 +137,8 @@ CASES = {
         regression, loss=Trace_ELBO(num_particles=2, vectorize_particles=True)
     ),
     "local reparameterisation": lambda: make(loss=TraceMeanField_ELBO(), local_reparam=True),
+    "evidence": lambda: make(addition=Evidence(batches=3), removal="evidence"),
+    "sites compete": lambda: make(allocation="global"),
     "list of guides": guide_list,
     "with an AutoNormal": with_autonormal,
 }

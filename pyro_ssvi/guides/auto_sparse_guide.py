@@ -35,6 +35,7 @@ from .site_table import (
     read_table,
     table,
     table_differences,
+    take_counts,
 )
 from .summary import Summary
 from .warm_start import warm_start
@@ -126,12 +127,9 @@ class AutoSparseGuide(AutoGuide):
         """
         raise NotImplementedError
 
-    def added(self, scale: Tensor) -> tuple[Tensor, ...]:
-        """The parameters of coordinates that an exchange adds, at loc 0.
-
-        :param scale: their standard deviations, ``[K]``.
-        """
-        return self.from_marginals(torch.zeros_like(scale), scale)
+    def added(self, loc: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        """The parameters of coordinates that an exchange adds, by their marginals, ``[K]`` each."""
+        return self.from_marginals(loc, scale)
 
     def marginals(self, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         """Location and standard deviation of each unconstrained coordinate, ``[K]`` each.
@@ -207,6 +205,7 @@ class AutoSparseGuide(AutoGuide):
             differences = table_differences(self.sites, sites, "the model")
             if differences:
                 raise ValueError("the loaded state is of another model: " + "; ".join(differences))
+            take_counts(sites, self.sites)
             self.sites = sites
             return
         loc = torch.cat(locs)
@@ -308,6 +307,7 @@ class AutoSparseGuide(AutoGuide):
             )
             self.take_sites(sites, [torch.nn.Parameter(each) for each in raw], *indices)
         if self.sites:
+            take_counts(self.sites, sites)
             self.indices = torch.empty_like(self.indices)  # the old one is in active sets
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
 
@@ -481,9 +481,10 @@ class AutoSparseGuide(AutoGuide):
         return pyro.subsample(dense, event_dim=site.event_dim) if site.frames else dense
 
     def exchange(self, moves: Mapping[str, Move], new_scale: float | str = "mean") -> Tensor:
-        """Exchange active coordinates: new ones start at loc 0.
+        """Exchange active coordinates: new ones start at loc 0, if a move does not say where.
 
-        :param moves: what happens to which site, for one site or more.
+        :param moves: what happens to which site, for one site or more. Sites may give coordinates
+            to others; how many there are in all stays the same.
         :param new_scale: standard deviation of new coordinates: a number, or ``"mean"`` for the
             mean of those of the site's coordinates that stay.
         :return: for each row of the flat parameters, where it came from, or -1 if it is new:
@@ -491,28 +492,32 @@ class AutoSparseGuide(AutoGuide):
         """
         with torch.no_grad():
             loc, scales = self.marginals(*self._values())
-            source = torch.arange(len(loc), device=loc.device)
-            first = torch.ones_like(scales)
-            indices = []
+            sources, first, indices = [], [], []
             start = 0
             for site, (scale,) in zip(self.sites, self.split(scales), strict=True):
                 move = moves.get(site.name)
-                if move is not None:
-                    part = slice(start, start + site.k)
-                    source[part] = torch.where(move.source < 0, -1, move.source + start)
+                if move is None:
+                    sources.append(torch.arange(start, start + site.k, device=loc.device))
+                    first.append(torch.stack([torch.zeros_like(scale), torch.ones_like(scale)]))
+                else:
+                    sources.append(torch.where(move.source < 0, -1, move.source + start))
                     stays = scale[move.source[move.source >= 0]]
-                    if isinstance(new_scale, str):
-                        first[part] = (stays if len(stays) else scale).mean()
-                    else:
-                        first[part] = new_scale
+                    start_scale = (stays if len(stays) else scale).mean()
+                    if not isinstance(new_scale, str):
+                        start_scale = torch.full_like(start_scale, new_scale)
+                    first.append(_first_marginals(move, start_scale))
                 if site.is_sparse:
                     active = self.active_sets[site.name]
                     indices.append(active.indices if move is None else move.indices)
                 start += site.k
-            for raw, value in zip(
-                self.parameters_in_place(), self._raw(self.added(first)), strict=True
-            ):
+            source = torch.cat(sources)
+            assert len(source) == len(loc)
+            new = self.added(*torch.cat(first, -1))
+            for raw, value in zip(self.parameters_in_place(), self._raw(new), strict=True):
                 carry(raw, source, value)
+            for site in self.sites:
+                if site.name in moves:
+                    site.k = len(moves[site.name].indices)
             self.indices = torch.cat(indices)
         return source
 
@@ -624,3 +629,15 @@ class AutoSparseGuide(AutoGuide):
         self._require_setup()
         row = sum(raw[:1].nbytes for raw in self.parameters_in_place())
         return Summary.of(self.active_sets, row, self.loc.element_size())
+
+
+def _first_marginals(move: Move, scale: Tensor) -> Tensor:
+    """Where coordinates of a move would start as new ones: loc and scale, ``[2, K]``.
+
+    :param scale: of those whose move does not say, a number.
+    """
+    marginals = scale.new_zeros(2, len(move.source))
+    marginals[1] = scale
+    if move.first is not None:
+        marginals[:, move.source < 0] = torch.stack(move.first).to(marginals)
+    return marginals

@@ -80,8 +80,8 @@ class AutoSparseLowRankMultivariateNormal(AutoSparseNormal):
         cov_factor = cov_factor / self.rank**0.5
         return loc, scale / _inflation(cov_factor), cov_factor
 
-    def added(self, scale: Tensor) -> tuple[Tensor, ...]:
-        return torch.zeros_like(scale), scale, scale.new_zeros(len(scale), self.cov_factor.shape[1])
+    def added(self, loc: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        return loc, scale, scale.new_zeros(len(scale), self.cov_factor.shape[1])
 
     def marginals(self, loc: Tensor, scale: Tensor, cov_factor: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         return loc, scale * _inflation(cov_factor)

@@ -15,7 +15,7 @@ from ..densities import Policy
 from ..structures import Structure, count, read_structure, structure_state
 from .prototype import Structures, structure_of
 
-__all__ = ["NEEDS_MODEL", "Site", "read_table", "table", "table_differences"]
+__all__ = ["NEEDS_MODEL", "Site", "read_table", "table", "table_differences", "take_counts"]
 
 VERSION = 2  # 1, which older versions read, where no site has a structure
 
@@ -47,6 +47,11 @@ class Site:
     frames: list
     transform: Any  # None for a real-valued site
     structure: Structure | None = None
+    initial_k: int = -1  # k, before sites competed for it
+
+    def __post_init__(self) -> None:
+        if self.initial_k < 0:
+            self.initial_k = self.k
 
     @property
     def is_sparse(self) -> bool:
@@ -69,6 +74,7 @@ def table(sites: list[Site], observed: list[str]) -> dict[str, Any]:
                 "dtype": str(site.dtype).removeprefix("torch."),
                 "event_dim": site.event_dim,
                 "k": site.k,
+                **({} if site.k == site.initial_k else {"initial_k": site.initial_k}),
                 "real": site.transform is None,
                 **(
                     {} if site.structure is None else {"structure": structure_state(site.structure)}
@@ -107,6 +113,7 @@ def read_table(state: Mapping[str, Any], prefix: str, parameters: Sequence[str])
             [],
             None if row["real"] else NEEDS_MODEL,
             read_structure(row.get("structure")),
+            row.get("initial_k", row["k"]),  # told where they differ
         )
         for row in saved["sites"]
     ]
@@ -129,6 +136,8 @@ def _check_tensors(sites: list[Site], state: Mapping[str, Any], parameters: Sequ
                 f"expected a tensor {name} of shape ({size},), got {got}: it is damaged, or was "
                 "saved by a guide of another class"
             )
+    if sum(site.k - site.initial_k for site in sites):
+        raise ValueError("its table of sites is damaged: active coordinates were lost")
     indices = state["indices"]
     for site, part in zip(sparse, indices.split([site.k for site in sparse]), strict=True):
         try:
@@ -138,7 +147,11 @@ def _check_tensors(sites: list[Site], state: Mapping[str, Any], parameters: Sequ
 
 
 def table_differences(theirs: list[Site], ours: list[Site], here: str) -> list[str]:
-    """What keeps the values of one list of sites from another, a line for each site."""
+    """What keeps the values of one list of sites from another, a line for each site.
+
+    Sites that compete may have another number of active coordinates than at first: what must
+    agree is the first.
+    """
     if [site.name for site in theirs] != [site.name for site in ours]:
         names = [[site.name for site in sites] for sites in (theirs, ours)]
         return [f"saved with the sites {names[0]}, {here} has {names[1]}"]
@@ -150,8 +163,14 @@ def table_differences(theirs: list[Site], ours: list[Site], here: str) -> list[s
     return lines
 
 
+def take_counts(sites: list[Site], source: list[Site]) -> None:
+    """Give sites the numbers of active coordinates that others have, for whose values they are."""
+    for site, other in zip(sites, source, strict=True):
+        site.k = other.k
+
+
 def _described(site: Site, other: Site) -> str:
-    words = f"{site.k} active of {tuple(site.shape)}"
+    words = f"{site.initial_k} active of {tuple(site.shape)}"
     if site.dtype != other.dtype:
         words += f" in {site.dtype}"
     if (site.transform is None) != (other.transform is None):
@@ -186,9 +205,9 @@ def density_differences(
         else:
             continue  # by default, or because it has to be: only the model can tell
         k = count(site.structure, site.shape, share)
-        if k != site.k:
+        if k != site.initial_k:
             lines.append(
-                f"site {site.name!r}: saved with {site.k} active of {tuple(site.shape)}, "
+                f"site {site.name!r}: saved with {site.initial_k} active of {tuple(site.shape)}, "
                 f"this guide has {k}"
             )
     return lines
