@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -23,7 +23,17 @@ from .safe_file import Format
 if TYPE_CHECKING:
     from .svi import SSVI
 
-__all__ = ["FILES", "KINDS", "export", "load_posterior"]
+__all__ = [
+    "FILES",
+    "KINDS",
+    "export",
+    "guide_of",
+    "guide_state",
+    "load_posterior",
+    "module_state",
+    "own_state",
+    "put_own",
+]
 
 #: The guides that a file can be of; a subclass comes before its base.
 KINDS = (AutoSparseLowRankMultivariateNormal, AutoSparseNormal, AutoSparseDelta)
@@ -43,12 +53,17 @@ def export(svi: SSVI, path: str | os.PathLike, dtype: torch.dtype | None = None)
     :raises ValueError: if there is another guide than one sparse guide of this package, or
         ``dtype`` cannot hold the numbers of a site.
     """
-    guide, model = svi.guide, svi.model.model
+    state = {"version": FILES.version, **guide_state(svi.guide, dtype), **own_state(svi)}
+    FILES.write(path, state)
+
+
+def guide_state(guide: Any, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """A posterior as plain data, for :func:`guide_of`; raises as :func:`export`."""
     kind: Any = next((kind for kind in KINDS if isinstance(guide, kind)), None)
     # One with parameters of its own would come back without them.
     if kind is None or type(guide).parameter_constraints is not kind.parameter_constraints:
         raise ValueError(
-            f"export() writes one of {[kind.__name__ for kind in KINDS]}, got "
+            f"expected one of {[kind.__name__ for kind in KINDS]}, got "
             f"{type(guide).__name__}: use svi.save()"
         )
     with torch.no_grad():
@@ -56,16 +71,23 @@ def export(svi: SSVI, path: str | os.PathLike, dtype: torch.dtype | None = None)
     _refuse_lost(guide, *values)
     numel = max((site.shape.numel() for site in guide.sites), default=0)
     state = {
-        "version": FILES.version,
         "sites": guide.get_extra_state(),
         "guide": kind.__name__,
         "dtype": str(guide.loc.dtype).removeprefix("torch."),
         **dict(zip(guide.parameter_constraints, values, strict=True)),
         "indices": guide.indices.to(torch.int32 if numel < 2**31 else torch.int64),
-        "model": model.state_dict() if isinstance(model, nn.Module) else {},
-        "store": _other_parameters(svi),
     }
-    FILES.write(path, plain(state, "the posterior"))
+    return plain(state, "the posterior")
+
+
+def own_state(svi: SSVI) -> dict[str, Any]:
+    """What the model has of its own, for :func:`put_own`: parameters and buffers."""
+    state = {"model": module_state(svi.model.model), "store": _other_parameters(svi)}
+    return plain(state, "the model's state")
+
+
+def module_state(model: Callable) -> dict[str, Any]:
+    return model.state_dict() if isinstance(model, nn.Module) else {}
 
 
 def _refuse_lost(guide: AutoSparseGuide, *values: Tensor) -> None:
@@ -114,12 +136,24 @@ def load_posterior(
     :raises RuntimeError: if the model has other parameters or buffers than those saved.
     """
     state = FILES.read(path, map_location)
+    guide = guide_of(state, model)
+    put_own(state, model)
+    return guide
+
+
+def guide_of(state: Mapping[str, Any], model: Callable, name: str | None = None) -> AutoSparseGuide:
+    """A guide with the posterior that :func:`guide_state` gave.
+
+    :param name: of its parameters, if the parameter store may hold those of another guide.
+    """
     rows = state["sites"]["sites"]
     sizes = {row["name"]: torch.Size(row["shape"]).numel() for row in rows}
     densities = {row["name"]: row["k"] / sizes[row["name"]] for row in rows}
     kinds: dict[str, Any] = {kind.__name__: kind for kind in KINDS}
     # Older files do not tell.
     guide = kinds[state.get("guide", "AutoSparseNormal")](model, density=densities)
+    if name is not None:
+        guide._pyro_name = name
     dtype = getattr(torch, state["dtype"])
     values = {
         f"{name}_unconstrained": transform_to(constraint).inv(state[name].to(dtype))
@@ -127,12 +161,21 @@ def load_posterior(
     }
     indices = state["indices"].to(torch.int64)
     guide.load_state_dict({**values, "indices": indices, "_extra_state": state["sites"]})
+    return guide
+
+
+def put_own(state: Mapping[str, Any], model: Callable) -> None:
+    """Give the model what :func:`own_state` gave, in place where it is trained on."""
     if isinstance(model, nn.Module):
         model.load_state_dict(state["model"])
     store = pyro.get_param_store()
     for name, entry in state["store"].items():
-        if name in store:
+        held = dict(store.named_parameters()).get(name)
+        if held is not None and held.shape == entry["value"].shape:
+            with torch.no_grad():
+                held.copy_(entry["value"])
+            continue
+        if held is not None:
             del store[name]
         where = read_constraint(entry["constraint"])
         store.setdefault(name, transform_to(where)(entry["value"]), where)
-    return guide

@@ -108,6 +108,9 @@ def test_code_in_docstrings_runs(code, tmp_path, monkeypatch):
     namespace["dense_guide"] = AutoNormal(model)
     namespace["dense_guide"](namespace["x"], namespace["y"])
     namespace["svi"].export("net.posterior")
+    ensemble = pyro_ssvi.Ensemble(model)
+    ensemble.add(namespace["svi"])
+    ensemble.save("net.ensemble")
     if "AutoSparseNormal(" in code or "load_posterior(" in code:
         pyro.clear_param_store()
     exec(code, namespace)
