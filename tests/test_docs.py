@@ -21,7 +21,7 @@ from pyro.infer.autoguide import AutoNormal
 import pyro_ssvi
 import pyro_ssvi.inclusion
 from pyro_ssvi import SSVI, AutoSparseNormal, CosineSchedule, kernels, plot
-from pyro_ssvi.nn import bayesianize
+from pyro_ssvi.nn import SparseNetwork, bayesianize
 from pyro_ssvi.progress import progress
 from pyro_ssvi.sparse_tensor import implements
 
@@ -113,6 +113,8 @@ def test_code_in_docstrings_runs(code, tmp_path, monkeypatch):
     ensemble = pyro_ssvi.Ensemble(model)
     ensemble.add(namespace["svi"])
     ensemble.save("net.ensemble")
+    namespace["SparseNetwork"] = SparseNetwork
+    torch.save(SparseNetwork(torch.nn.Linear(784, 10)).state_dict(), "sparse.pt")
     if "AutoSparseNormal(" in code or "load_posterior(" in code:
         pyro.clear_param_store()
     exec(code, namespace)
