@@ -13,6 +13,7 @@ from . import rules as _rules  # noqa: F401  (fills the table of sparse operatio
 from .active_set import ActiveSet
 from .distributed import DistributedSSVI
 from .distributions import SparseDelta, SparseNormal, SubspacePrior
+from .ensemble import Ensemble, load_ensemble
 from .errors import MaterialiseError, NonFiniteWarning, PerformanceWarning
 from .guides import (
     AutoSparseDelta,
@@ -22,7 +23,7 @@ from .guides import (
 )
 from .posterior import load_posterior
 from .predictive import SparsePredictive
-from .schedules import ConstantSchedule, CosineSchedule, LinearSchedule
+from .schedules import ConstantSchedule, CosineSchedule, CyclicSchedule, LinearSchedule
 from .sparse_tensor import SparseTensor, dense_fallbacks, forbid_materialise
 from .svi import SSVI, SubspaceModel
 
@@ -37,7 +38,9 @@ __all__ = [
     "AutoSparseNormal",
     "ConstantSchedule",
     "CosineSchedule",
+    "CyclicSchedule",
     "DistributedSSVI",
+    "Ensemble",
     "LinearSchedule",
     "MaterialiseError",
     "NonFiniteWarning",
@@ -50,5 +53,6 @@ __all__ = [
     "SubspacePrior",
     "dense_fallbacks",
     "forbid_materialise",
+    "load_ensemble",
     "load_posterior",
 ]

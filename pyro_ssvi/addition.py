@@ -140,7 +140,9 @@ class Gradient(Addition):
 
     def rounds(self, n: int) -> Rounds:
         drawn = math.floor(self.sampled * n)
-        return [each for each in ((n - drawn, as_they_are), (drawn, race)) if each[0]]
+        return [each for each in ((n - drawn, as_they_are), (drawn, race)) if each[0]] or [
+            (0, as_they_are)
+        ]
 
     def propose(
         self,

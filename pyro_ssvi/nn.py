@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import pyro
 import pyro.distributions as dist
@@ -13,7 +13,13 @@ from pyro.params import param_with_module_name
 from torch import Tensor, nn
 from torch.func import functional_call
 
-__all__ = ["Bayesianized", "bayesianize"]
+from .active_set import ActiveSet
+from .sparse_tensor import SparseTensor
+
+if TYPE_CHECKING:
+    from .guides import AutoSparseGuide
+
+__all__ = ["Bayesianized", "SparseNetwork", "bayesianize"]
 
 #: ``prior(name, shape)`` gives the prior of a parameter.
 Prior = Callable[[str, torch.Size], dist.TorchDistribution]
@@ -130,6 +136,31 @@ class Bayesianized(nn.Module):
             ``guide.median()``. Others are not looked at.
         :raises ValueError: if some are not there, or have other shapes.
         """
+        keys = {f"{self.name}.{key}": key for key in self.shapes}
+        self._refuse_lacking(values)
+        return self._filled({key: values[name] for name, key in keys.items()})
+
+    def with_sparse_weights(self, guide: AutoSparseGuide) -> SparseNetwork:
+        """A copy of the network with a posterior's mean weights, which stay sparse.
+
+        :param guide: of a model with this network.
+        :raises ValueError: if it lacks some of the network's weights, or has other shapes.
+        """
+        self._refuse_lacking(guide.active_sets)
+        with torch.no_grad():
+            loc, _ = guide.marginals(*guide.flat_parameters())
+        parts = dict(zip(guide.active_sets, guide.split(loc), strict=True))
+        dense, sparse = {}, {}
+        for key, shape in self.shapes.items():
+            active = guide.active_sets[f"{self.name}.{key}"]
+            (values,) = parts[f"{self.name}.{key}"]
+            if active.is_full:
+                dense[key] = values.reshape(shape)
+            else:
+                sparse[key] = SparseTensor(values, active)
+        return SparseNetwork(self._filled(dense), sparse)
+
+    def _refuse_lacking(self, values: Mapping[str, Any]) -> None:
         lacking = [
             f"{self.name}.{key}"
             for key, shape in self.shapes.items()
@@ -137,11 +168,87 @@ class Bayesianized(nn.Module):
         ]
         if lacking:
             raise ValueError(f"expected tensors of the parameters' shapes for {lacking}")
+
+    def _filled(self, values: Mapping[str, Tensor]) -> nn.Module:
         module = copy.deepcopy(self.module)
         parameters = dict(module.named_parameters())
-        for key in self.shapes:
-            parameters[key].data = values[f"{self.name}.{key}"].detach().clone()
+        for key, value in values.items():
+            parameters[key].data = value.detach().clone()
         return module
+
+
+class SparseNetwork(nn.Module):
+    """A network for predictions with sparse weights: in memory, in products and in files.
+
+    :meth:`Bayesianized.with_sparse_weights` makes one. Its ``state_dict()`` has plain tensors, and
+    another program needs the network's class, and no Pyro model, to take it::
+
+        fresh = SparseNetwork(torch.nn.Linear(784, 10))
+        fresh.load_state_dict(torch.load("sparse.pt", weights_only=True))
+
+    :param module: the network. It is taken over, not copied; its parameters that are sparse
+        become empty.
+    :param weights: sparse values of parameters, by their names.
+    """
+
+    values: Tensor  # of all sparse weights, one after the other
+    indices: Tensor
+
+    def __init__(
+        self, module: nn.Module, weights: Mapping[str, SparseTensor] | None = None
+    ) -> None:
+        super().__init__()
+        self.module = module
+        weights = weights or {}
+        values = [weight.values.detach() for weight in weights.values()]
+        indices = [weight.active.indices for weight in weights.values()]
+        narrow = all(weight.shape.numel() < 2**31 for weight in weights.values())
+        self.register_buffer("values", torch.cat(values or [torch.empty(0)]))
+        flat = torch.cat(indices or [torch.empty(0, dtype=torch.int64)])
+        self.register_buffer("indices", flat.int() if narrow else flat)
+        self._set_up({key: (list(each.shape), len(each.active)) for key, each in weights.items()})
+
+    def _set_up(self, table: Mapping[str, Any]) -> None:
+        self.table = dict(table)  # shape and number of active coordinates of each sparse weight
+        self._active: dict[str, ActiveSet] = {}
+        parameters = dict(self.module.named_parameters())
+        for key in self.table:
+            parameters[key].requires_grad_(False).data = parameters[key].new_empty(0)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the network; its sparse weights have no gradients."""
+        if not self._active or next(iter(self._active.values())).device != self.indices.device:
+            self._active = dict(self._active_sets())
+        parts = self.values.split([k for _, k in self.table.values()])
+        weights: dict[str, Tensor] = {
+            key: SparseTensor(part, self._active[key])
+            for key, part in zip(self.table, parts, strict=True)
+        }
+        return functional_call(self.module, weights, args, kwargs)
+
+    def _active_sets(self) -> Iterator[tuple[str, ActiveSet]]:
+        parts = self.indices.long().split([k for _, k in self.table.values()])
+        for (key, (shape, _)), part in zip(self.table.items(), parts, strict=True):
+            yield key, ActiveSet(part, shape)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Which weights are sparse."""
+        return self.table
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing is left to do: the tensors were made for it."""
+
+    def _load_from_state_dict(
+        self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        table = state_dict.get(f"{prefix}_extra_state", self.table)
+        self._set_up(table)
+        for name in ("values", "indices"):
+            saved = state_dict.get(prefix + name)
+            if saved is not None:
+                own = getattr(self, name)
+                setattr(self, name, own.new_empty(saved.shape, dtype=saved.dtype))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def _independent(base: dist.TorchDistribution) -> Prior:

@@ -15,6 +15,7 @@ from torch import Tensor, unravel_index
 from .active_set import ActiveSet
 from .diagnostics import overlap
 from .guides import AutoSparseGuide
+from .inclusion import Effects
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,6 +25,7 @@ __all__ = [
     "active_set",
     "bands",
     "densities",
+    "effects",
     "elbo",
     "posterior",
     "receptive_fields",
@@ -179,6 +181,39 @@ def posterior(
     ax.set_yticks(places, labels, fontsize=8)
     ax.invert_yaxis()
     return _finish(ax, title=f"{site}: mean and 95 % interval")
+
+
+def effects(
+    table: Effects, image_shape: tuple[int, int] | None = None, ax: Axes | None = None
+) -> Axes:
+    """Means and credible intervals of the 30 inputs with the largest effects.
+
+    :param table: what :func:`pyro_ssvi.inclusion.effects` gave.
+    :param image_shape: height and width of inputs that are pixels: their mean effects as an image,
+        those without active weights in grey.
+    """
+    ax = _axes(ax)
+    if image_shape is not None:
+        height, width = image_shape
+        if height * width != len(table.mean):
+            raise ValueError(
+                f"image_shape {image_shape} has {height * width} pixels, but there are "
+                f"{len(table.mean)} inputs"
+            )
+        image = table.mean.where(table.active > 0, torch.nan).reshape(height, width).cpu()
+        drawn = ax.imshow(image.numpy(), cmap="viridis")
+        ax.figure.colorbar(drawn, ax=ax, shrink=0.8)
+        ax.set(title="Effect of each pixel", xticks=[], yticks=[], facecolor="0.85")
+        return ax
+    order = table.order[:30]
+    low, middle, high = (part[order].cpu() for part in (table.low, table.mean, table.high))
+    bars = torch.stack([middle - low, high - middle]).clamp(min=0)
+    places = range(len(order))
+    ax.errorbar(middle, places, xerr=bars, fmt="o", color=BLUE, ms=4, capsize=2)
+    ax.axvline(0, color=GREY, lw=1)
+    ax.set_yticks(places, [table.names[i] for i in order.tolist()], fontsize=8)
+    ax.invert_yaxis()
+    return _finish(ax, title=f"Effect: mean and {100 * table.level:g} % interval")
 
 
 def reliability(

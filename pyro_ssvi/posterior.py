@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -24,7 +24,17 @@ from .structures import read_structure
 if TYPE_CHECKING:
     from .svi import SSVI
 
-__all__ = ["FILES", "KINDS", "export", "load_posterior"]
+__all__ = [
+    "FILES",
+    "KINDS",
+    "export",
+    "guide_of",
+    "guide_state",
+    "load_posterior",
+    "module_state",
+    "own_state",
+    "put_own",
+]
 
 #: The guides that a file can be of; a subclass comes before its base.
 KINDS = (AutoSparseLowRankMultivariateNormal, AutoSparseNormal, AutoSparseDelta)
@@ -44,12 +54,17 @@ def export(svi: SSVI, path: str | os.PathLike, dtype: torch.dtype | None = None)
     :raises ValueError: if there is another guide than one sparse guide of this package, or
         ``dtype`` cannot hold the numbers of a site.
     """
-    guide, model = svi.guide, svi.model.model
+    state = {"version": FILES.version, **guide_state(svi.guide, dtype), **own_state(svi)}
+    FILES.write(path, state)
+
+
+def guide_state(guide: Any, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """A posterior as plain data, for :func:`guide_of`; raises as :func:`export`."""
     kind: Any = next((kind for kind in KINDS if isinstance(guide, kind)), None)
     # One with parameters of its own would come back without them.
     if kind is None or type(guide).parameter_constraints is not kind.parameter_constraints:
         raise ValueError(
-            f"export() writes one of {[kind.__name__ for kind in KINDS]}, got "
+            f"expected one of {[kind.__name__ for kind in KINDS]}, got "
             f"{type(guide).__name__}: use svi.save()"
         )
     with torch.no_grad():
@@ -57,16 +72,23 @@ def export(svi: SSVI, path: str | os.PathLike, dtype: torch.dtype | None = None)
     _refuse_lost(guide, *values)
     numel = max((site.shape.numel() for site in guide.sites), default=0)
     state = {
-        "version": FILES.version,
         "sites": guide.get_extra_state(),
         "guide": kind.__name__,
         "dtype": str(guide.loc.dtype).removeprefix("torch."),
         **dict(zip(guide.parameter_constraints, values, strict=True)),
         "indices": guide.indices.to(torch.int32 if numel < 2**31 else torch.int64),
-        "model": model.state_dict() if isinstance(model, nn.Module) else {},
-        "store": _other_parameters(svi),
     }
-    FILES.write(path, plain(state, "the posterior"))
+    return plain(state, "the posterior")
+
+
+def own_state(svi: SSVI) -> dict[str, Any]:
+    """What the model has of its own, for :func:`put_own`: parameters and buffers."""
+    state = {"model": module_state(svi.model.model), "store": _other_parameters(svi)}
+    return plain(state, "the model's state")
+
+
+def module_state(model: Callable) -> dict[str, Any]:
+    return model.state_dict() if isinstance(model, nn.Module) else {}
 
 
 def _refuse_lost(guide: AutoSparseGuide, *values: Tensor) -> None:
@@ -118,10 +140,8 @@ def load_posterior(
     # First everything is read and checked, then everything is changed.
     try:
         guide, values = _new_guide(state, model)
-        entries = {
-            name: (entry["value"], read_constraint(entry["constraint"]))
-            for name, entry in state["store"].items()
-        }
+        for entry in state["store"].values():
+            read_constraint(entry["constraint"])
         ours = model.state_dict() if isinstance(model, nn.Module) else {}
         differences = _differences(state["model"], ours)
     except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
@@ -129,17 +149,22 @@ def load_posterior(
     if isinstance(model, nn.Module) and differences:
         raise ValueError(f"{path} is of another model: " + "; ".join(differences))
     guide.load_state_dict(values)
-    if isinstance(model, nn.Module):
-        model.load_state_dict(state["model"])
-    store = pyro.get_param_store()
-    for name, (value, where) in entries.items():
-        if name in store:
-            del store[name]
-        store.setdefault(name, transform_to(where)(value), where)
+    put_own(state, model)
     return guide
 
 
-def _new_guide(state: dict[str, Any], model: Callable) -> tuple[AutoSparseGuide, dict[str, Any]]:
+def guide_of(state: Mapping[str, Any], model: Callable, name: str) -> AutoSparseGuide:
+    """A guide with the posterior that :func:`guide_state` gave.
+
+    :param name: of its parameters, as the parameter store may hold those of another guide.
+    """
+    guide, values = _new_guide(state, model)
+    guide._pyro_name = name
+    guide.load_state_dict(values)
+    return guide
+
+
+def _new_guide(state: Mapping[str, Any], model: Callable) -> tuple[AutoSparseGuide, dict[str, Any]]:
     """A guide as yet without numbers, and its state."""
     rows = state["sites"]["sites"]
     sizes = {row["name"]: torch.Size(row["shape"]).numel() for row in rows}
@@ -171,3 +196,20 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
         if was != has:
             lines.append(f"{key!r}: saved as {was}, here it is {has}")
     return lines
+
+
+def put_own(state: Mapping[str, Any], model: Callable) -> None:
+    """Give the model what :func:`own_state` gave, in place where it is trained on."""
+    if isinstance(model, nn.Module):
+        model.load_state_dict(state["model"])
+    store = pyro.get_param_store()
+    for name, entry in state["store"].items():
+        held = dict(store.named_parameters()).get(name)
+        if held is not None and held.shape == entry["value"].shape:
+            with torch.no_grad():
+                held.copy_(entry["value"])
+            continue
+        if held is not None:
+            del store[name]
+        where = read_constraint(entry["constraint"])
+        store.setdefault(name, transform_to(where)(entry["value"]), where)

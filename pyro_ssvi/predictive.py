@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Generator
+from contextlib import closing
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
+from .ensemble import Ensemble
 from .sparse_tensor import SparseTensor
 
 __all__ = ["SparsePredictive"]
@@ -30,7 +33,8 @@ class SparsePredictive(torch.nn.Module):
     results; those sites are returned that the guide does not have.
 
     :param model: a Pyro model.
-    :param guide: its guide, which need not be sparse.
+    :param guide: its guide, which need not be sparse, or an :class:`~pyro_ssvi.Ensemble`: its
+        members' draws come one member after another, as many from each.
     :param num_samples: number of draws S.
     :param return_sites: names of sites to return instead, and ``"_RETURN"`` for what the model
         returns. A sparse site is returned as a dense tensor ``[S, *shape]``.
@@ -58,20 +62,28 @@ class SparsePredictive(torch.nn.Module):
         :return: ``[S, ...]`` for each site.
         """
         values: dict[str, list[Tensor]] = {}
-        for _ in range(self.num_samples):
-            guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
-            replayed = poutine.replay(poutine.mask(self.model, mask=False), trace=guide_trace)
-            trace = prune_subsample_sites(poutine.trace(replayed).get_trace(*args, **kwargs))
-            if not values:
-                padding = self._padding(trace, guide_trace)
-                values = {name: [] for name in padding}
-            for name, kept in values.items():
-                value = trace.nodes[name]["value"]
-                kept.append(value.to_dense() if isinstance(value, SparseTensor) else value)
+        with closing(self._guides()) as guides:
+            for guide in guides:
+                guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+                replayed = poutine.replay(poutine.mask(self.model, mask=False), trace=guide_trace)
+                trace = prune_subsample_sites(poutine.trace(replayed).get_trace(*args, **kwargs))
+                if not values:
+                    padding = self._padding(trace, guide_trace)
+                    values = {name: [] for name in padding}
+                for name, kept in values.items():
+                    value = trace.nodes[name]["value"]
+                    kept.append(value.to_dense() if isinstance(value, SparseTensor) else value)
         return {
             name: torch.stack(kept).reshape(self.num_samples, *(1,) * padding[name], *kept[0].shape)
             for name, kept in values.items()
         }
+
+    def _guides(self) -> Generator[Callable, None, None]:
+        """The guide of each draw."""
+        if isinstance(self.guide, Ensemble):
+            yield from self.guide.in_turns(self.num_samples)
+        else:
+            yield from repeat(self.guide, self.num_samples)
 
     def _padding(self, trace: Trace, guide_trace: Trace) -> dict[str, int]:
         """The sites to return, and how many dimensions each lacks to have those of all plates."""

@@ -6,7 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
-__all__ = ["ConstantSchedule", "CosineSchedule", "LinearSchedule", "Schedule"]
+__all__ = [
+    "ConstantSchedule",
+    "CosineSchedule",
+    "CyclicSchedule",
+    "LinearSchedule",
+    "Schedule",
+]
 
 
 class Schedule(Protocol):
@@ -23,6 +29,14 @@ class Schedule(Protocol):
         """The share of active coordinates exchanged after this step, in [0, 1]."""
 
 
+def _check(name: str, every: int, **shares: float) -> None:
+    if not isinstance(every, int) or every < 1:
+        raise ValueError(f"{name} expects every to be a positive int, got {every!r}: try every=100")
+    for key, share in shares.items():
+        if not 0 < share <= 1:
+            raise ValueError(f"{name} expects {key} in (0, 1], got {share!r}: try {key}=0.3")
+
+
 @dataclass(frozen=True)
 class _Periodic:
     every: int = 100
@@ -33,14 +47,7 @@ class _Periodic:
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        if not isinstance(self.every, int) or self.every < 1:
-            raise ValueError(
-                f"{name} expects every to be a positive int, got {self.every!r}: try every=100"
-            )
-        if not 0 < self.fraction <= 1:
-            raise ValueError(
-                f"{name} expects fraction in (0, 1], got {self.fraction!r}: try fraction=0.3"
-            )
+        _check(name, self.every, fraction=self.fraction)
         if self.stop is None and self.endless:
             return
         if not isinstance(self.stop, int) or self.stop < self.every:
@@ -94,3 +101,72 @@ class ConstantSchedule(_Periodic):
     """``fraction`` at every exchange, without end where ``stop`` is ``None``."""
 
     endless: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class CyclicSchedule:
+    """Explore, then go in cycles, each of which ends in a posterior of its own.
+
+    For an :class:`~pyro_ssvi.Ensemble` from one training (Jantre, Bhattacharya, Urban, Yoon,
+    Maiti, Balaprakash, Madireddy, arXiv 2206.00794). The first exchange of a cycle is a large
+    one, which leaves the last posterior behind; the others of a phase, the exploration or a cycle,
+    follow a cosine to 0 at three quarters of it. The last quarter has no exchanges.
+
+    :param explore: steps before the first cycle; 0 for none.
+    :param cycle: steps of a cycle.
+    :param every: steps from one exchange to the next within a phase.
+    :param fraction: share exchanged at the start of a phase, in (0, 1].
+    :param restart: share of the first exchange of a cycle, in (0, 1].
+    """
+
+    explore: int
+    cycle: int
+    every: int = 100
+    fraction: float = 0.3
+    restart: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check(type(self).__name__, self.every, fraction=self.fraction, restart=self.restart)
+        if not isinstance(self.cycle, int) or 3 * self.cycle <= 4 * self.every:
+            raise ValueError(
+                f"CyclicSchedule expects cycle to be an int with an exchange in three quarters of "
+                f"it, every={self.every} steps from its start, got {self.cycle!r}"
+            )
+        if not isinstance(self.explore, int) or self.explore < 0:
+            raise ValueError(
+                f"CyclicSchedule expects explore to be an int >= 0, got {self.explore!r}"
+            )
+
+    def due(self, step: int) -> bool:
+        """Whether an exchange follows this step."""
+        place, length = self._place(step)
+        return place >= 1 and place % self.every == 0 and 4 * place < 3 * length
+
+    def share(self, step: int) -> float:
+        """The share of active coordinates exchanged after this step."""
+        place, length = self._place(step)
+        if 4 * place >= 3 * length:
+            return 0.0
+        if step >= self.explore and place <= self.every:
+            return self.restart
+        return self.fraction * (1 + math.cos(math.pi * place / (0.75 * length))) / 2
+
+    def ends_cycle(self, step: int) -> bool:
+        """Whether this step is the last of a cycle: the posterior is one to keep."""
+        return step > self.explore and (step - self.explore) % self.cycle == 0
+
+    def rate(self, step: int) -> float:
+        """A factor for the learning rate after this many steps, from 1 to 0 in each phase::
+
+        schedule = CyclicSchedule(explore=9_000, cycle=4_500)
+        options = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 5e-3}}
+        optim = pyro.optim.LambdaLR({**options, "lr_lambda": schedule.rate})
+        """
+        place, length = self._place(step)
+        return (1 + math.cos(math.pi * place / length)) / 2
+
+    def _place(self, step: int) -> tuple[int, int]:
+        """The place in a phase, from 0, and the phase's length."""
+        if step < self.explore:
+            return step, self.explore
+        return (step - self.explore) % self.cycle, self.cycle

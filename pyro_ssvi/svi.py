@@ -448,17 +448,18 @@ class SSVI(SVI):
                         carry_state(optim, param, source)
         return {name: move.size for _, moves in plans for name, move in moves.items()}
 
+    @torch.no_grad()
     def _plan(
         self, guide: AutoSparseGuide, share: float, record: GradientRecord
     ) -> dict[str, Move]:
         choices = self._choices(guide, share, record)
-        return {
-            name: self._move(guide.active_sets[name], choice, record)
-            for name, choice in choices.items()
-            if len(choice.removed) or len(choice.added)
-        }
+        moves: dict[str, Move] = {}
+        for name, choice in choices.items():
+            if len(choice.removed) or len(choice.added):
+                with _naming(f"site {name!r}"):
+                    moves[name] = self._move(guide.active_sets[name], choice, record)
+        return moves
 
-    @torch.no_grad()
     def _choices(
         self, guide: AutoSparseGuide, share: float, record: GradientRecord
     ) -> dict[str, Choice]:
@@ -527,22 +528,22 @@ class SSVI(SVI):
         if self.allocation == "global":
 
             def of_site(i: int, m: int, compare: Compare) -> tuple[Tensor, Tensor]:
-                return propose(active_sets[names[i]], m, compare, None)
+                with _naming(f"site {names[i]!r}"):
+                    return propose(active_sets[names[i]], m, compare, None)
 
             gone = [len(each) for each in removed.values()]
             bounds = [r.addable(n) for r, n in zip(_rooms(guide, removed), gone, strict=True)]
             rounds = self.addition.rounds(sum(gone))
-            added = fill(rounds, of_site, *zip(*bounds, strict=True)) if names else []
+            with _naming(f"one of the sites {names}"):
+                added = fill(rounds, of_site, *zip(*bounds, strict=True)) if names else []
             return dict(zip(names, added, strict=True))
         result = {}
         for name, each in removed.items():
             active = active_sets[name]
             places = room(active, each)
             of_one = partial(_in_site, propose, active, places)
-            try:
+            with _naming(f"site {name!r}"):
                 result[name] = choose_from(self.addition, len(each), of_one, places)
-            except FloatingPointError as error:
-                raise FloatingPointError(f"site {name!r}: {error}") from None
         return result
 
     def _move(self, active: ActiveSet, choice: Choice, record: GradientRecord) -> Move:
@@ -559,6 +560,15 @@ class SSVI(SVI):
         return self.addition.first_values(
             active, added, self.addition.read(active, added, record), record
         )
+
+
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Have an error say where it was."""
+    try:
+        yield
+    except (FloatingPointError, ValueError) as error:
+        raise type(error)(f"{what}: {error}") from None
 
 
 def _in_site(

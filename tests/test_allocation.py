@@ -17,8 +17,8 @@ from pyro_ssvi import (
     AutoSparseNormal,
     load_posterior,
 )
-from pyro_ssvi.addition import Gradient, Random
-from pyro_ssvi.allocation import FLOOR, Room, check_allocation, compete, largest
+from pyro_ssvi.addition import Gradient, Random, race
+from pyro_ssvi.allocation import FLOOR, Room, as_they_are, check_allocation, depart, fill, largest
 from pyro_ssvi.gradient_record import GradientRecord
 
 
@@ -28,6 +28,17 @@ def rooms(draw):
     initial = draw(st.integers(1, numel - 1))
     floor = Room(numel, 1, initial).floor
     return Room(numel, draw(st.integers(floor, numel - 1)), initial)
+
+
+def compete(rooms, removal, share, propose):
+    """Those that go and those that come, of each site."""
+    removed = depart(rooms, removal, share)
+    if not removed:
+        return []
+    bounds = [room.addable(len(gone)) for room, gone in zip(rooms, removed, strict=True)]
+    rounds = [(sum(map(len, removed)), as_they_are)]
+    added = fill(rounds, lambda i, m, _: propose(i, m), *zip(*bounds, strict=True))
+    return list(zip(removed, added, strict=True))
 
 
 @given(st.lists(rooms(), min_size=1, max_size=5), st.floats(0, 1), st.integers(0, 10**6))
@@ -41,18 +52,47 @@ def test_all_sites_together_keep_their_number_and_each_its_floor(rooms, share, s
         return index, scores
 
     choices = compete(rooms, removal, share, propose)
-    removed = sum(len(choice.removed) for choice in choices)
-    assert removed == sum(len(choice.added) for choice in choices)
+    removed = sum(len(gone) for gone, _ in choices)
+    assert removed == sum(len(came) for _, came in choices)
     assert removed <= math.floor(share * sum(room.k for room in rooms) + 0.5)
-    for room, choice, scores, gains in zip(rooms, choices, removal, inactive, strict=False):
-        k = room.k - len(choice.removed) + len(choice.added)
+    for room, (gone, came), scores, gains in zip(rooms, choices, removal, inactive, strict=False):
+        k = room.k - len(gone) + len(came)
         assert max(1, FLOOR * room.initial_k) <= k < room.numel
         # In each site the least go and the best come, each once.
-        smallest = scores.topk(len(choice.removed), largest=False).indices
-        assert set(smallest.tolist()) == set(choice.removed.tolist())
-        best = gains.topk(len(choice.added)).indices
-        assert set(best.tolist()) == set(choice.added.tolist())
-        assert torch.equal(choice.scores, gains[choice.added])
+        smallest = scores.topk(len(gone), largest=False).indices
+        assert set(smallest.tolist()) == set(gone.tolist())
+        best = gains.topk(len(came)).indices
+        assert set(best.tolist()) == set(came.tolist())
+        assert len(set(came.tolist())) == len(came)
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    st.integers(0, 10**6),
+    st.data(),
+)
+def test_rounds_choose_what_is_left(sizes, seed, data):
+    """Against a search of all pools at once: first the largest, then by another score."""
+    generator = torch.Generator().manual_seed(seed)
+    first = [torch.rand(size, generator=generator) for size in sizes]
+    second = [torch.rand(size, generator=generator) for size in sizes]
+    n, m = (data.draw(st.integers(0, sum(sizes) // 2)) for _ in range(2))
+    by = {"first": first, "second": second}
+
+    def propose(i, m, compare):
+        scores, index = by[compare][i].topk(m)
+        return index, scores
+
+    rounds = [(n, "first"), (m, "second")]
+    found = fill(rounds, propose, [0] * len(sizes), sizes)
+    best = torch.cat(first).topk(n).indices
+    left = torch.cat(second).index_fill(0, best, -1.0).topk(m).indices
+    offsets = torch.tensor([0, *sizes]).cumsum(0).tolist()
+    everything = {
+        int(i) + offset for part, offset in zip(found, offsets, strict=False) for i in part
+    }
+    assert everything == {*best.tolist(), *left.tolist()}
+    assert sum(map(len, found)) == n + m
 
 
 @given(st.integers(1, 30), st.integers(1, 60), st.floats(0, 1))
@@ -60,7 +100,7 @@ def test_one_site_alone_exchanges_as_it_does_per_site(k, inactive, share):
     room = Room(k + inactive + 1, k, k)
     gains = torch.rand(inactive + 1)
     choices = compete([room], [torch.rand(k)], share, lambda i, m: tuple(reversed(gains.topk(m))))
-    n = sum(len(choice.added) for choice in choices)
+    n = sum(len(came) for _, came in choices)
     assert n == min(math.floor(share * k + 0.5), inactive, room.removable)
 
 
@@ -238,7 +278,7 @@ def test_sampled_gradient_is_in_proportion_over_all_sites():
     counts = torch.zeros(6)
     criterion = Gradient(sampled=True)
     for _ in range(1500):
-        proposals = [criterion.propose(a, 1, record) for a in active]
+        proposals = [criterion.propose(a, 1, record, race) for a in active]
         chosen = largest([s for _, s in proposals], 1, [0, 0], [1, 1])
         for offset, (indices, _), places in zip((0, 4), proposals, chosen, strict=True):
             counts[indices[places] + offset] += 1

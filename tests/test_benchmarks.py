@@ -207,6 +207,24 @@ def test_merged_candidates(tmp_path):
     assert 50 < float(two[1].rstrip("%")) <= float(two[2].rstrip("%")) <= 100
 
 
+def test_ensemble(tmp_path):
+    images(tmp_path, 0, "train", 600)
+    images(tmp_path, 1, "t10k", 100)
+    arguments = f"--data-dir {tmp_path} --net 8 --density 0.5 --epochs 4 --explore 1 --every 2 \
+        --seeds 0 1 --json {tmp_path}/runs.jsonl"
+    result = run("ensemble.py", arguments, tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = [line[:16].strip() for line in result.stdout.splitlines()[-4:]]
+    assert rows == ["member 1", "member 2", "member 3", "mixture of 3"]
+    lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [line["seed"] for line in lines] == [0, 1]
+    for line in lines:
+        assert len({member["nll"] for member in line["members"]}) == 3
+        # By convexity of -log, a mixture is no worse than its members, up to their draws.
+        worst = max(member["nll"] for member in line["members"])
+        assert line["mixture"]["nll"] < worst + 0.05
+
+
 @pytest.mark.skipif(not Path("/proc/net/dev").exists(), reason="bytes are counted on Linux only")
 def test_distributed_step(tmp_path):
     arguments = "--hidden 32 --density 0.05 --batch-size 8 --steps 2 --rounds 2"

@@ -19,8 +19,9 @@ from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
 
 import pyro_ssvi
+import pyro_ssvi.inclusion
 from pyro_ssvi import SSVI, AutoSparseNormal, CosineSchedule, kernels, plot
-from pyro_ssvi.nn import bayesianize
+from pyro_ssvi.nn import SparseNetwork, bayesianize
 from pyro_ssvi.progress import progress
 from pyro_ssvi.sparse_tensor import implements
 
@@ -101,13 +102,19 @@ def test_code_in_docstrings_runs(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = names()
     # What the docstring of one function or the other takes for granted, besides.
-    namespace |= vars(pyro_ssvi.diagnostics) | vars(pyro_ssvi.gradient_record)
+    for module in (pyro_ssvi.diagnostics, pyro_ssvi.gradient_record, pyro_ssvi.inclusion):
+        namespace |= vars(module)
     namespace |= {"bayesianize": bayesianize, "implements": implements, "kernels": kernels}
     namespace |= {"plot": plot, "progress": progress, "torchvision": torchvision}
     namespace |= {"num_steps": 1000, "train": print, "weights": {"0.weight": torch.randn(20, 784)}}
     namespace["dense_guide"] = AutoNormal(model)
     namespace["dense_guide"](namespace["x"], namespace["y"])
     namespace["svi"].export("net.posterior")
+    ensemble = pyro_ssvi.Ensemble(model)
+    ensemble.add(namespace["svi"])
+    ensemble.save("net.ensemble")
+    namespace["SparseNetwork"] = SparseNetwork
+    torch.save(SparseNetwork(torch.nn.Linear(784, 10)).state_dict(), "sparse.pt")
     if "AutoSparseNormal(" in code or "load_posterior(" in code:
         pyro.clear_param_store()
     exec(code, namespace)

@@ -346,18 +346,18 @@ def hierarchical(x, y=None):
 def test_prior_scales_may_be_drawn_and_differ():
     _, svi = evidence_svi(hierarchical, removal="snr")
     svi.step(x, y)
-    seen, choose = {}, svi._choose
+    seen, move = {}, svi._move
 
-    def look(active, n, record):
+    def look(active, choice, record):
         seen[active] = record.priors[active].normal.scale
         if active.shape == (4, 12):
             rows = torch.arange(12, 36)
             sums = svi.addition.read(active, rows, record)
             gains = svi.addition.gains(active, 1, 3, record).flatten()
             torch.testing.assert_close(svi.addition.scores_at(active, rows, sums, record), gains)
-        return choose(active, n, record)
+        return move(active, choice, record)
 
-    svi._choose = look
+    svi._move = look
     svi.exchange(x, y, share=0.3)
     scale = seen[next(active for active in seen if active.shape == (4, 12))]
     assert scale.shape == (4, 12)

@@ -34,6 +34,7 @@ from pyro_ssvi import (
     load_posterior,
 )
 from pyro_ssvi.active_set import ActiveSet
+from pyro_ssvi.addition import Random
 from pyro_ssvi.exchange import swap
 
 FAMILY = [AutoSparseNormal, AutoSparseDelta, AutoSparseLowRankMultivariateNormal]
@@ -336,16 +337,14 @@ def test_an_exchange_carries_every_parameter_and_its_moments(data):
         torch.testing.assert_close(scale[: len(after)][new], stays.expand(n), rtol=1e-4, atol=1e-6)
 
 
-class _Fixed:
+class _Fixed(Random):
     """An addition that is told what to add."""
 
-    batches = 0
-
     def __init__(self, came):
-        self.came = came
+        object.__setattr__(self, "came", came)
 
-    def choose(self, active, n, record):
-        return self.came
+    def propose(self, active, m, record, compare=None, room=None):
+        return self.came, torch.zeros(m)
 
 
 def _first(gone, k):

@@ -10,6 +10,7 @@ import torch
 from pyro.infer import Trace_ELBO
 
 from pyro_ssvi import SSVI, ActiveSet, AutoSparseNormal, plot
+from pyro_ssvi.inclusion import effects
 
 X, Y = torch.randn(20, 12), torch.randn(20)
 
@@ -117,6 +118,20 @@ def test_posterior_names_coordinates_by_their_index(guide):
     flat = int(guide.active_sets["w"].indices[-1])
     assert labels[0].get_text() == f"{flat // 12}, {flat % 12}"
     assert plot.posterior(guide, "v").get_yticklabels()[0].get_text() in "012345"
+
+
+def test_effects_as_intervals_and_as_an_image(guide):
+    table = effects(guide, "w", names=[f"x{i}" for i in range(12)], num_samples=50)
+    ax = plot.effects(table)
+    labels = [text.get_text() for text in ax.get_yticklabels()]
+    assert labels == [f"x{i}" for i in table.order.tolist()]
+    assert len(labels) == int((guide.active_sets["w"].mask.sum(0) > 0).sum())
+    (image,) = plot.effects(table, image_shape=(3, 4)).images
+    shown = torch.as_tensor(image.get_array().filled(0.0)).flatten()
+    torch.testing.assert_close(shown, table.mean.double(), check_dtype=False)
+    assert image.get_array().mask.sum() == (table.active == 0).sum()
+    with pytest.raises(ValueError, match=r"25 pixels, but there are 12 inputs"):
+        plot.effects(table, image_shape=(5, 5))
 
 
 def test_reliability_on_the_axes_that_are_given():

@@ -1,4 +1,6 @@
+import copy
 import io
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -10,8 +12,8 @@ from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from torch import nn
 from training_to_resume import X, Y, make
 
-from pyro_ssvi import SSVI, AutoSparseNormal, SparsePredictive, load_posterior
-from pyro_ssvi.nn import bayesianize
+from pyro_ssvi import SSVI, AutoSparseNormal, SparsePredictive, forbid_materialise, load_posterior
+from pyro_ssvi.nn import SparseNetwork, bayesianize
 from pyro_ssvi.posterior import FILES
 
 
@@ -250,3 +252,97 @@ def test_weights_that_do_not_fit():
     net = make_net()
     with pytest.raises(ValueError, match=r"shapes for \['net.0.weight', 'net.0.bias', 'net.3.wei"):
         net.with_weights({"net.3.bias": torch.zeros(1)})
+
+
+# A network with sparse weights
+
+
+def test_a_network_with_sparse_mean_weights():
+    regression = Regression()
+    svi = trained(regression)
+    regression.eval()
+    expected = regression.net.with_weights(svi.guide.median())(X)
+    sparse = regression.net.with_sparse_weights(svi.guide).eval()
+    with forbid_materialise():
+        torch.testing.assert_close(sparse(X), expected)
+    active = [len(svi.guide.active_sets[f"net.{i}.weight"]) for i in (0, 3)]
+    assert active[0] < 240
+    assert len(sparse.values) == len(sparse.indices) == sum(active)  # float32 and int32
+    assert sparse.module[0].weight.numel() == 0
+    svi.step(X, Y)
+    torch.testing.assert_close(sparse(X), expected)  # it is a copy
+
+
+def plain_network():
+    return nn.Sequential(nn.Linear(12, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, 1))
+
+
+def test_a_sparse_network_needs_no_model_to_be_loaded():
+    regression = Regression()
+    svi = trained(regression)
+    sparse = regression.net.with_sparse_weights(svi.guide).eval()
+    buffer = io.BytesIO()
+    torch.save(sparse.state_dict(), buffer)
+    buffer.seek(0)
+    fresh = SparseNetwork(plain_network())
+    fresh.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(fresh.eval()(X), sparse(X))
+    twin = copy.deepcopy(fresh).double()
+    torch.testing.assert_close(twin(X.double()).float(), sparse(X), rtol=1e-4, atol=1e-5)
+    whole = SparseNetwork(plain_network()).eval()  # none of its weights are sparse
+    assert torch.equal(whole(X), whole.module(X))
+
+
+def test_a_sparse_network_with_convolutions_an_embedding_and_a_shared_weight():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(6, 8)
+            self.conv = nn.Conv1d(1, 4, 3)
+            self.first, self.second = nn.Linear(24, 24), nn.Linear(24, 24)
+            self.second.weight = self.first.weight
+
+        def forward(self, i):
+            hidden = self.conv(self.table(i).unsqueeze(1)).flatten(1)
+            return self.second(self.first(hidden).relu())
+
+    net = bayesianize(Net(), 1.0)
+
+    def model(i):
+        pyro.sample("obs", dist.Delta(net(i)).to_event(2))
+
+    i = torch.arange(6)
+    guide = AutoSparseNormal(pyro.poutine.block(model, hide=["obs"]), density=0.25)
+    guide(i)
+    with torch.no_grad():
+        guide.loc_unconstrained.normal_()
+    sparse = net.with_sparse_weights(guide)
+    assert list(sparse.table) == ["table.weight", "conv.weight", "first.weight"]
+    with forbid_materialise():
+        torch.testing.assert_close(sparse(i), net.with_weights(guide.median())(i))
+
+
+def test_a_guide_without_the_networks_weights():
+    guide = trained().guide
+    with pytest.raises(ValueError, match=r"shapes for \['net.0.weight', 'net.0.bias'"):
+        make_net().with_sparse_weights(guide)
+
+
+def test_onnx(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    from onnx.reference import ReferenceEvaluator
+
+    regression = Regression()
+    svi = trained(regression)
+    plain = regression.net.with_weights(svi.guide.median()).eval()
+    path = tmp_path / "net.onnx"
+    batch = torch.export.Dim("batch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own
+        torch.onnx.export(plain, (X,), path, dynamo=True, dynamic_shapes=({0: batch},))
+    exported = onnx.load(path)
+    onnx.checker.check_model(exported)
+    (name,) = (each.name for each in exported.graph.input)
+    (found,) = ReferenceEvaluator(exported).run(None, {name: X[:3].numpy()})
+    torch.testing.assert_close(torch.as_tensor(found), plain(X[:3]), rtol=1e-4, atol=1e-5)

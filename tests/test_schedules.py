@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyro_ssvi.schedules import ConstantSchedule, CosineSchedule, LinearSchedule, Schedule
+from pyro_ssvi.schedules import (
+    ConstantSchedule,
+    CosineSchedule,
+    CyclicSchedule,
+    LinearSchedule,
+    Schedule,
+)
 
 ALL = [CosineSchedule, LinearSchedule, ConstantSchedule]
 
@@ -95,3 +101,64 @@ def test_a_decay_needs_an_end(kind: type) -> None:
 
 def test_the_limits_are_allowed() -> None:
     assert ConstantSchedule(every=1, fraction=1.0, stop=1).stop == 1
+
+
+# Cycles
+
+
+def test_a_cycle_begins_with_a_large_share_and_ends_without_exchanges() -> None:
+    schedule = CyclicSchedule(explore=40, cycle=20, every=5, fraction=0.4, restart=0.8)
+    due = [step for step in range(-5, 81) if schedule.due(step)]
+    assert due == [5, 10, 15, 20, 25, 45, 50, 65, 70]
+    assert [step for step in range(-5, 101) if schedule.ends_cycle(step)] == [60, 80, 100]
+    exploring = CosineSchedule(every=5, fraction=0.4, stop=30)
+    assert all(schedule.share(step) == exploring.share(step) for step in range(40))
+    assert [schedule.share(step) for step in (45, 65)] == [0.8, 0.8]
+    assert schedule.share(50) == schedule.share(70) == pytest.approx(0.2 * (1 - 0.5))
+    assert schedule.share(55) == schedule.share(79) == 0
+
+
+@given(
+    explore=st.integers(0, 300),
+    cycle=st.integers(2, 300),
+    data=st.data(),
+    restart=st.floats(0.1, 1),
+)
+def test_cycles_are_all_alike(
+    explore: int, cycle: int, data: st.DataObject, restart: float
+) -> None:
+    every = data.draw(st.integers(1, (3 * cycle - 1) // 4))
+    schedule: CyclicSchedule = CyclicSchedule(explore, cycle, every, restart=restart)
+    for step in range(1, explore + cycle + 1):
+        assert 0 <= schedule.share(step) <= max(restart, schedule.fraction)
+        assert not (schedule.due(step) and schedule.ends_cycle(step))
+        assert 0 <= schedule.rate(step) <= 1
+    steps = range(explore + 1, explore + cycle + 1)
+    for question in (schedule.due, schedule.ends_cycle, schedule.share, schedule.rate):
+        assert [question(step) for step in steps] == [question(step + 3 * cycle) for step in steps]
+    assert [schedule.ends_cycle(step) for step in steps] == [*[False] * (cycle - 1), True]
+    first = next(step for step in steps if schedule.due(step))
+    assert schedule.share(first) == restart
+    assert schedule.rate(explore) == schedule.rate(explore + cycle) == 1
+
+
+def test_the_learning_rate_falls_to_0_in_each_phase() -> None:
+    schedule = CyclicSchedule(explore=40, cycle=20, every=5)
+    rates = [schedule.rate(step) for step in (0, 20, 39, 40, 50, 59)]
+    assert rates == pytest.approx([1, 0.5, 0.0015, 1, 0.5, 0.0062], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ({"every": 0}, "every to be a positive int"),
+        ({"restart": 0.0}, r"restart in \(0, 1\], got 0.0"),
+        ({"fraction": 2.0}, r"fraction in \(0, 1\], got 2.0"),
+        ({"cycle": 133}, "cycle to be an int with an exchange"),
+        ({"cycle": 1e4}, "cycle to be an int"),
+        ({"explore": -1}, "explore to be an int >= 0, got -1"),
+    ],
+)
+def test_cycles_that_make_no_sense(bad: dict[str, float], says: str) -> None:
+    with pytest.raises(ValueError, match=f"^CyclicSchedule expects {says}"):
+        CyclicSchedule(**{"explore": 0, "cycle": 1000, **bad})

@@ -6,7 +6,12 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import nn
 
-from pyro_ssvi import SSVI, AutoSparseNormal
+from pyro_ssvi import (
+    SSVI,
+    AutoSparseDelta,
+    AutoSparseLowRankMultivariateNormal,
+    AutoSparseNormal,
+)
 from pyro_ssvi.nn import bayesianize
 
 torch.manual_seed(0)
@@ -106,12 +111,102 @@ def test_training_goes_on_from_there():
     assert sum(svi.evaluate_loss(X, Y) for _ in range(20)) / 20 < first
 
 
+def sparse(kind=AutoSparseNormal, density=0.25, steps=60, **options):
+    """A trained sparse guide; after its last exchange it has coordinates at exactly 0."""
+    pyro.set_rng_seed(0)
+    guide = kind(model, density=density, **options)
+    svi = SSVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
+    for _ in range(steps):
+        svi.step(X, Y)
+    svi.exchange(X, Y, share=0.2)
+    return guide
+
+
+KINDS = [AutoSparseNormal, AutoSparseDelta, AutoSparseLowRankMultivariateNormal]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sparse_guide_gives_its_active_set_locations_and_scales(kind):
+    source = sparse(kind)
+    assert int((source.median()["w"] != 0).sum()) == 12  # of 15: three are new
+    pyro.set_rng_seed(7)
+    guide = AutoSparseNormal(model, density=0.25, init_scale=0.02)
+    guide.warm_start(source, X, Y)
+    for name, active in source.active_sets.items():
+        assert torch.equal(guide.active_sets[name].indices, active.indices)
+        torch.testing.assert_close(guide.median()[name], source.median()[name])
+    loc, scale = source.marginals(*source.flat_parameters())
+    expected = scale if kind is not AutoSparseDelta else torch.full_like(loc, 0.02)
+    torch.testing.assert_close(guide.scale, expected)
+
+
+def test_a_denser_guide_keeps_the_sources_function_and_its_own_coordinates():
+    source = sparse()
+    pyro.set_rng_seed(7)
+    guide = AutoSparseNormal(model, density=0.5, init_scale=0.02)
+    guide(X, Y)
+    own = guide.active_sets["w"]
+    guide.warm_start(source)
+    theirs, active = source.active_sets["w"], guide.active_sets["w"]
+    carried = torch.isin(active.indices, theirs.indices)
+    assert int(carried.sum()) == len(theirs) == 15
+    assert len(active) == 30
+    assert torch.isin(active.indices[~carried], own.indices).all()
+    torch.testing.assert_close(guide.median()["w"], source.median()["w"])
+    q = guide.posterior()["w"]
+    torch.testing.assert_close(q.scale[carried], source.posterior()["w"].scale)
+    torch.testing.assert_close(q.scale[~carried], torch.full((15,), 0.02))
+
+
+def test_a_sparser_guide_takes_the_surest():
+    source = sparse()
+    guide = AutoSparseNormal(model, density=0.1)
+    guide.warm_start(source, X, Y)
+    q = source.posterior()["w"]
+    best = (q.loc.abs() / q.scale).argsort(descending=True)[:6]
+    expected = source.active_sets["w"].indices[best].sort().values
+    assert torch.equal(guide.active_sets["w"].indices, expected)
+
+
+@pytest.mark.parametrize("density", [0.25, 0.4, 1.0])
+def test_a_network_with_exact_zeros_gives_its_weights(density):
+    """As pruning or RigL leave it."""
+    torch.manual_seed(2)
+    w = torch.zeros(60)
+    nonzero = torch.randperm(60)[:11].sort().values
+    w[nonzero] = torch.randn(11)
+    w[nonzero[0]] = 1e-30  # not 0
+    w = w.reshape(5, 12)
+    guide = AutoSparseNormal(model, density=density)
+    guide.warm_start({"w": w}, X, Y)
+    assert torch.equal(guide.median()["w"], w)
+    active = guide.active_sets["w"].indices
+    assert torch.isin(nonzero, active).all()
+    rest = active[~torch.isin(active, nonzero)]
+    assert len(active) == round(density * 60)
+    if density == 0.4:  # spread over the rows, and not the first zeros there are
+        assert len((rest // 12).unique()) >= 3
+
+
+def test_training_goes_on_from_a_sparse_guide():
+    source = sparse(steps=150)
+    guide = AutoSparseNormal(model, density=0.5)
+    guide.warm_start(source, X, Y)
+    svi = SSVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    first = sum(svi.evaluate_loss(X, Y) for _ in range(20)) / 20
+    for _ in range(100):
+        svi.step(X, Y)
+    svi.exchange(X, Y, share=0.3)
+    assert sum(svi.evaluate_loss(X, Y) for _ in range(20)) / 20 < first
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
         ({"w": torch.zeros(5, 11)}, r"site 'w' has shape \(5, 12\).*\(5, 11\)"),
         ({"w": torch.ones(5, 12), "x": torch.zeros(1)}, r"the source has \['x'\]"),
-        (AutoNormal(model), "has not seen data"),
+        (AutoNormal(model), "AutoNormal to start from has not seen data"),
+        (AutoSparseDelta(model), "AutoSparseDelta to start from has not seen data"),
     ],
 )
 def test_what_does_not_fit_changes_nothing(source, message):

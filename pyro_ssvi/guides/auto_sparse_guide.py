@@ -559,14 +559,16 @@ class AutoSparseGuide(AutoGuide):
         """Start from a fitted guide, or from values such as a trained network's weights.
 
         A sparse site's active coordinates become those with the largest location, in standard
-        deviations where the source has any. Call it before the first step::
+        deviations where the source has any. Those of a sparse source, another sparse guide or a
+        network with weights that are exactly 0, are all taken over, if there are no more than the
+        site has; the rest of the site's own, at location 0. Call it before the first step::
 
             guide.warm_start(dense_guide, x, y)
             guide.warm_start({"w0": weights["0.weight"]}, x, y)
 
-        :param source: an AutoNormal or another guide of the same model, of which locations and
-            scales are taken, or medians alone; or values by site name. Sites that it does not
-            have stay as they are.
+        :param source: an AutoNormal or a sparse guide of the same model, of which locations and
+            marginal scales are taken, or another guide, of which medians alone; or values by
+            site name. Sites that it does not have stay as they are.
         :param args: of the model, as are ``kwargs``: for a guide that has not seen data.
         :raises ValueError: for names that the model does not have, or other shapes. Then nothing
             has changed.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from html import escape
 from typing import NamedTuple
 
 from ..active_set import ActiveSet
+from ..tables import Table
 
 __all__ = ["Summary"]
 
@@ -21,8 +21,8 @@ class Row(NamedTuple):
     autonormal_bytes: int
 
 
-@dataclass(frozen=True)
-class Summary:
+@dataclass(frozen=True, repr=False)
+class Summary(Table):
     """A table of a guide's sites; print it.
 
     Bytes are those of the guide's parameters and, for a sparse site, its indices; an optimizer
@@ -30,6 +30,9 @@ class Summary:
     """
 
     rows: tuple[Row, ...]
+
+    left = 2
+    has_total = True
 
     @classmethod
     def of(cls, active_sets: Mapping[str, ActiveSet], row: int, element_size: int) -> Summary:
@@ -80,26 +83,3 @@ class Summary:
                 )
             )
         return lines
-
-    def __str__(self) -> str:
-        lines = self._lines()
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = [
-            "  ".join(
-                cell.ljust(width) if i < 2 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        ]
-        rule = "-" * max(map(len, text))
-        return "\n".join([text[0], rule, *text[1:-1], rule, text[-1]])
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        """For notebooks."""
-        head, *body = [[escape(cell) for cell in line] for line in self._lines()]
-        rows = ["".join(f"<td>{cell}</td>" for cell in line) for line in body]
-        heading = "".join(f"<th>{cell}</th>" for cell in head)
-        lines = "".join(f"<tr>{row}</tr>" for row in rows)
-        return f"<table><thead><tr>{heading}</tr></thead><tbody>{lines}</tbody></table>"

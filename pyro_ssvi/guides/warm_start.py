@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -18,10 +19,11 @@ __all__ = ["warm_start"]
 
 
 class Start(NamedTuple):
-    """Of one site's unconstrained elements, ``site.shape`` each."""
+    """Of one site's unconstrained elements: those that the source has, ``[n]`` each."""
 
     loc: Tensor
     scale: Tensor | None
+    indices: Tensor | None  # sorted flat positions; None for all
 
 
 @torch.no_grad()
@@ -34,38 +36,89 @@ def warm_start(guide: AutoSparseGuide, source: AutoGuide | Mapping[str, Tensor])
     new_loc, new_scale = (each.clone() for each in guide.marginals(*guide.flat_parameters()))
     indices = [guide.indices[:0]]
     parts = guide.split(new_loc, new_scale)  # views
-    for site, (site_loc, site_scale) in zip(guide.sites, parts, strict=True):
-        start = starts.get(site.name)
-        chosen: Tensor | slice = slice(None)
+    for site, (loc, scale) in zip(guide.sites, parts, strict=True):
+        chosen = guide.active_sets[site.name].indices
+        if site.name in starts:
+            take = _take if site.structure is None else partial(_take_structured, site)
+            chosen = take(starts[site.name], chosen, loc, scale)
         if site.is_sparse:
-            chosen = guide.active_sets[site.name].indices
-            if start is not None:
-                score = start.loc.abs() if start.scale is None else start.loc.abs() / start.scale
-                if site.structure is None:
-                    chosen = score.flatten().topk(site.k, sorted=False).indices.sort().values
-                else:
-                    chosen = site.structure.best(score, site.k)
             indices.append(chosen)
-        if start is not None:
-            site_loc.copy_(start.loc.flatten()[chosen])
-            if start.scale is not None:
-                site_scale.copy_(start.scale.flatten()[chosen])
     guide.set_marginals(new_loc, new_scale, torch.cat(indices))
 
 
+def _take(start: Start, own: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+    """Give a site its first values, in place, ``[K]`` each.
+
+    :param own: its active coordinates so far. Where the source has fewer, some of them stay, at 0
+        as they are in the source.
+    :return: its new active coordinates.
+    """
+    if len(start.loc) > len(own):
+        score = start.loc.abs() if start.scale is None else start.loc.abs() / start.scale
+        place = score.topk(len(own), sorted=False).indices.sort().values
+    else:
+        place = torch.arange(len(start.loc), device=own.device)
+    taken = place if start.indices is None else start.indices[place]
+    stays = own.new_empty(0)
+    if len(taken) < len(own):
+        stays = torch.isin(own, taken, invert=True).nonzero().squeeze(-1)
+        stays = stays[torch.randperm(len(stays), device=own.device)[: len(own) - len(taken)]]
+    chosen, order = torch.cat([taken, own[stays]]).sort()
+    if start.scale is not None:
+        scale.copy_(torch.cat([start.scale[place].to(scale), scale[stays]])[order])
+    loc.copy_(torch.cat([start.loc[place].to(loc), loc.new_zeros(len(stays))])[order])
+    return chosen
+
+
+def _take_structured(site: Site, start: Start, own: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+    """As :func:`_take`, for a site whose coordinates are active together."""
+    assert site.structure is not None
+    score = start.loc.abs() if start.scale is None else start.loc.abs() / start.scale
+    chosen = site.structure.best(_whole(site, start, score).reshape(site.shape), site.k)
+    loc.copy_(_whole(site, start, start.loc)[chosen])
+    if start.scale is not None:
+        known = _whole(site, start, start.scale)[chosen]
+        scale.copy_(known.where(known > 0, start.scale.mean()))
+    return chosen
+
+
+def _whole(site: Site, start: Start, values: Tensor) -> Tensor:
+    """A source's values at all coordinates of a site, 0 where it has none: ``[D]``."""
+    if start.indices is None:
+        return values
+    return values.new_zeros(site.shape.numel()).index_copy(0, start.indices, values)
+
+
 def _from_guide(guide: AutoSparseGuide, source: AutoGuide) -> dict[str, Start] | None:
-    """Locations and scales, if the source has them as AutoNormal does."""
-    if not isinstance(source, AutoNormal):
+    """Locations and scales, if the source has them as AutoNormal does, or as a sparse guide."""
+    from .auto_sparse_guide import AutoSparseGuide  # which imports this module
+
+    if not isinstance(source, AutoNormal | AutoSparseGuide):
         return None
-    if source.prototype_trace is None:
-        raise ValueError("the AutoNormal to start from has not seen data")
+    if source.prototype_trace is None and not getattr(source, "sites", []):
+        raise ValueError(f"the {type(source).__name__} to start from has not seen data")
+    if isinstance(source, AutoSparseGuide):
+        return _from_sparse(guide, source)
     names = [name for name, _ in source.prototype_trace.iter_stochastic_nodes()]
     _refuse_unknown(guide, names)
     starts = {}
     for site in guide.sites:
         if site.name in names:
             loc, scale = source._get_loc_and_scale(site.name)
-            starts[site.name] = Start(_shaped(site, loc), _shaped(site, scale))
+            _check_shape(site, loc.shape)
+            starts[site.name] = Start(loc.flatten(), scale.flatten(), None)
+    return starts
+
+
+def _from_sparse(guide: AutoSparseGuide, source: AutoSparseGuide) -> dict[str, Start]:
+    _refuse_unknown(guide, [site.name for site in source.sites])
+    sites = {site.name: site for site in guide.sites}
+    starts = {}
+    parts = source.split(*source.marginals(*source.flat_parameters()))
+    for theirs, (loc, scale) in zip(source.sites, parts, strict=True):
+        _check_shape(sites[theirs.name], theirs.shape)
+        indices = source.active_sets[theirs.name].indices if theirs.is_sparse else None
+        starts[theirs.name] = Start(loc, scale if bool((scale > 0).all()) else None, indices)
     return starts
 
 
@@ -77,17 +130,20 @@ def _from_values(guide: AutoSparseGuide, values: Mapping[str, Tensor]) -> dict[s
             value = values[site.name]
             if site.transform is not None:
                 value = site.transform.inv(value)
-            starts[site.name] = Start(_shaped(site, value), None)
+            _check_shape(site, value.shape)
+            loc = value.flatten()
+            # An exact 0 is what a sparse network has where it has no weight.
+            indices = loc.nonzero().squeeze(-1) if site.is_sparse else None
+            starts[site.name] = Start(loc if indices is None else loc[indices], None, indices)
     return starts
 
 
-def _shaped(site: Site, value: Tensor) -> Tensor:
-    if value.shape != site.shape:
+def _check_shape(site: Site, shape: torch.Size) -> None:
+    if shape != site.shape:
         raise ValueError(
             f"site {site.name!r} has shape {tuple(site.shape)}, the source's values have "
-            f"{tuple(value.shape)}"
+            f"{tuple(shape)}"
         )
-    return value
 
 
 def _refuse_unknown(guide: AutoSparseGuide, names: list[str]) -> None:

@@ -1,0 +1,48 @@
+"""Small tables, for terminals and notebooks."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import ClassVar
+
+__all__ = ["Table"]
+
+
+class Table:
+    """What prints as a table: subclasses give its lines.
+
+    :cvar left: number of first columns that are aligned to the left.
+    :cvar has_total: whether the last line stands below a rule.
+    """
+
+    left: ClassVar[int] = 1
+    has_total: ClassVar[bool] = False
+
+    def _lines(self) -> list[tuple[str, ...]]:
+        """The heading, and the cells of each line."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        lines = self._lines()
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = [
+            "  ".join(
+                cell.ljust(width) if i < self.left else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
+        rule = "-" * max(map(len, text))
+        if self.has_total:
+            text.insert(-1, rule)
+        return "\n".join([text[0], rule, *text[1:]])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        head, *body = [[escape(cell) for cell in line] for line in self._lines()]
+        rows = ["".join(f"<td>{cell}</td>" for cell in line) for line in body]
+        heading = "".join(f"<th>{cell}</th>" for cell in head)
+        lines = "".join(f"<tr>{row}</tr>" for row in rows)
+        return f"<table><thead><tr>{heading}</tr></thead><tbody>{lines}</tbody></table>"
