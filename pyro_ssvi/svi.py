@@ -92,7 +92,7 @@ class SSVI(SVI):
         those that compile with torch.jit would keep the first active set.
     :param removal: name of a criterion in :mod:`pyro_ssvi.criteria`, or a ``callable(loc, scale)``
         that gives scores; the smallest are removed.
-    :param addition: ``"gradient"``, ``"random"``, an instance of a class in
+    :param addition: ``"gradient"``, ``"sampled_gradient"``, ``"random"``, an instance of a class in
         :mod:`pyro_ssvi.addition`, or a ``callable(gradient)`` that gives scores; the largest are
         added.
     :param schedule: when to exchange which share, see :mod:`pyro_ssvi.schedules`. Set ``stop``
@@ -341,8 +341,9 @@ class SSVI(SVI):
 
         :param dtype: of locations and scales in the file, such as ``torch.bfloat16``; by default
             their own.
-        :raises ValueError: if there is another guide than one sparse guide of this package, or
-            ``dtype`` cannot hold the numbers of a site.
+        :raises ValueError: if there is another guide than one sparse guide of this package,
+            ``dtype`` cannot hold the numbers of a site, or the model trains a module that is no
+            part of it.
         """
         posterior.export(self, path, dtype)
 
