@@ -31,10 +31,10 @@ soak: $(VENV)/.installed
 quality: $(VENV)/.installed
 	$(BIN)/python benchmarks/quality.py --data-dir $(DATA_DIR) --quick
 
-# Builds the wheel, and runs the quick start with nothing of the repository but the wheel.
+# Builds the sdist, the wheel from it, and runs the quick start with nothing of the repository but the wheel.
 wheel: $(VENV)/.installed
 	rm -rf build dist
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/python -m build --outdir dist
 	$(BIN)/python -m pip install --quiet --no-deps --target build/alone dist/pyro_ssvi-*.whl
 	cd build && PYTHONPATH=alone ../$(BIN)/python -c "import pyro_ssvi; print(pyro_ssvi.__file__)"
 	cd build && PYTHONPATH=alone ../$(BIN)/python -m pytest -q ../tests/test_docs.py -k quickstart
