@@ -35,7 +35,6 @@ quality: $(VENV)/.installed
 # has nothing of the repository, and of $(VENV) only the dependencies.
 wheel: $(VENV)/.installed
 	rm -rf build dist
-	$(BIN)/python -m pip install --quiet build
 	$(BIN)/python -m build .
 	set -e; for file in dist/*.tar.gz dist/*.whl; do \
 	    $(BIN)/python -m venv --clear build/alone; \

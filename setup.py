@@ -19,8 +19,9 @@ examples = [
     "tqdm>=4.60",
 ]
 # The tutorials are run when the site is built.
-docs = [*examples, "furo", "myst-nb>=1.1", "sphinx>=7"]
+docs = [*examples, "furo", "latex2mathml>=3.77", "myst-nb>=1.1", "sphinx>=7"]
 dev = [
+    "build>=1.0",
     "hypothesis>=6.80",
     "ivon-opt>=0.1.3",
     "lightning>=2.2",

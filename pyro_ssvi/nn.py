@@ -52,6 +52,9 @@ def bayesianize(
             with pyro.plate("data", len(x)):
                 pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
 
+    To save a network with normalisation layers, make the model a module that has it as a part:
+    of one that a function only calls, their running statistics are out of sight.
+
     The numbers that the weights had are given up: nothing of their size is kept.
 
     :param module: the network. It is taken over, not copied.

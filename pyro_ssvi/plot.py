@@ -36,6 +36,8 @@ __all__ = [
 # Okabe and Ito's, told apart by the colour-blind too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 BLUE, GREY = COLOURS[0], "#999999"
+# And apart in print without colours.
+MARKERS = "osD^vPX"
 
 
 def elbo(losses: Sequence[float], ax: Axes | None = None, window: int = 100) -> Axes:
@@ -75,11 +77,13 @@ def turnover(history: Sequence[Mapping[str, ActiveSet]], ax: Axes | None = None)
     ax = _axes(ax)
     kept = [overlap(sets, history[-1]) for sets in history]
     sparse = [name for name, active in history[-1].items() if not active.is_full]
-    for name, colour in zip(sparse, cycle(COLOURS), strict=False):
-        ax.plot([100 * each[name] for each in kept], ".-", label=name, color=colour)
+    for name, colour, marker in zip(sparse, cycle(COLOURS), cycle(MARKERS), strict=False):
+        overlaps = [100 * each[name] for each in kept]
+        ax.plot(overlaps, marker=marker, ms=4, label=name, color=colour)
     ax.legend(frameon=False)
     ax.set_ylim(0, 103)
-    return _finish(ax, title="Overlap with the last active set, %", xlabel="time")
+    ax.locator_params(axis="x", integer=True)
+    return _finish(ax, title="Overlap with the last active set, %", xlabel="entry of the history")
 
 
 def active_set(
@@ -91,6 +95,8 @@ def active_set(
         units look at each pixel. By default the site's matrix itself, in cells of several
         coordinates if it is large.
     """
+    from matplotlib.ticker import MaxNLocator
+
     ax = _axes(ax)
     rows, cols = active.matrix_shape
     index = active.indices.cpu()
@@ -110,7 +116,7 @@ def active_set(
     drawn = ax.imshow(
         image.tolist(), cmap="viridis", aspect="equal" if image_shape else "auto", vmin=0
     )
-    ax.figure.colorbar(drawn, ax=ax, shrink=0.8)
+    ax.figure.colorbar(drawn, ax=ax, shrink=0.8, ticks=MaxNLocator(integer=True))
     ax.set(title=title, xticks=[], yticks=[])
     return ax
 
@@ -119,6 +125,8 @@ def receptive_fields(
     weights: Tensor, image_shape: tuple[int, int], units: int = 24, ax: Axes | None = None
 ) -> Axes:
     """What the first units of a layer look at: their weights as images, exact zeros in grey.
+
+    The sign is in the colour alone (orange is negative, purple positive): print it in colour.
 
     :param weights: of a layer that sees images, ``[out, height * width]``, dense as
         ``guide.median()`` gives them.
@@ -236,7 +244,9 @@ def reliability(
     )
     if not ax.lines:
         ax.plot([0, 1], [0, 1], color=GREY, lw=1)
-    ax.plot(x, y, "o-", ms=4, label=label, color=COLOURS[(len(ax.lines) - 1) % len(COLOURS)])
+    curve = len(ax.lines) - 1  # besides the diagonal
+    colour, marker = COLOURS[curve % len(COLOURS)], MARKERS[curve % len(MARKERS)]
+    ax.plot(x, y, marker=marker, ms=4, label=label, color=colour)
     if label is not None:
         ax.legend(frameon=False)
     return _finish(ax, title="Reliability", xlabel="confidence", ylabel="accuracy")
@@ -271,13 +281,21 @@ def accuracy(results: Mapping[str, tuple[int, float]], ax: Axes | None = None) -
 
             plot.accuracy({"AutoNormal": (478_410, 0.898), "5 %": (24_690, 0.889)})
     """
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
     ax = _axes(ax)
     for (name, (active, right)), colour, marker in zip(
-        results.items(), cycle(COLOURS), cycle("osD^vPX"), strict=False
+        results.items(), cycle(COLOURS), cycle(MARKERS), strict=False
     ):
         ax.plot(active, 100 * right, marker, ms=8, color=colour, label=name)
     ax.set_xscale("log")
-    ax.xaxis.set_minor_formatter(lambda value, place: "")  # they would overlap
+    numbers = [active for active, _ in results.values()]
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    ax.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    if max(numbers) < 100 * min(numbers):
+        ax.xaxis.set_minor_formatter(EngFormatter(sep=""))
+    else:  # they would overlap
+        ax.xaxis.set_minor_formatter(NullFormatter())
     ax.legend(frameon=False)
     return _finish(ax, title="Accuracy, %", xlabel="active parameters")
 

@@ -51,8 +51,8 @@ def export(svi: SSVI, path: str | os.PathLike, dtype: torch.dtype | None = None)
 
     :param dtype: of locations and scales in the file, such as ``torch.bfloat16``; by default
         their own.
-    :raises ValueError: if there is another guide than one sparse guide of this package, or
-        ``dtype`` cannot hold the numbers of a site.
+    :raises ValueError: if there is another guide than one sparse guide of this package, ``dtype``
+        cannot hold the numbers of a site, or the model trains a module that is no part of it.
     """
     state = {"version": FILES.version, **guide_state(svi.guide, dtype), **own_state(svi)}
     FILES.write(path, state)
@@ -109,13 +109,22 @@ def _refuse_lost(guide: AutoSparseGuide, *values: Tensor) -> None:
 
 def _other_parameters(svi: SSVI) -> dict[str, Any]:
     """What the model's own ``pyro.param`` statements hold, of those that were trained."""
-    own = {*svi.guide.parameters(), *svi.model.parameters()}
+    model = svi.model.model
+    own = {*svi.guide.parameters(), *(model.parameters() if isinstance(model, nn.Module) else ())}
     store = pyro.get_param_store()
-    return {
-        name: {"value": value, "constraint": constraint_state(store._constraints[name])}
-        for name, value in store.named_parameters()
-        if value in svi.optim.optim_objs and value not in own
-    }
+    others = {}
+    for name, value in store.named_parameters():
+        if value not in svi.optim.optim_objs or value in own:
+            continue
+        if "$$$" in name:  # of a module; its buffers, and the module itself, are out of sight
+            module = name.split("$$$")[0]
+            raise ValueError(
+                f"parameter {name!r} is of a module that the model only has in sight while it "
+                "runs, so load_posterior() could not give it back: make the model a "
+                f"torch.nn.Module that has it as a part, self.{module} = ..."
+            )
+        others[name] = {"value": value, "constraint": constraint_state(store._constraints[name])}
+    return others
 
 
 def load_posterior(

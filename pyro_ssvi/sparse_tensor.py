@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,6 +63,8 @@ _METADATA: set[Any] = {
     torch.is_floating_point,
     torch.numel,
 }
+# Packages that call sparse values on behalf of a model.
+_NOT_THE_USER_S = {"pyro", "pyro_ssvi", "torch"}
 # On a throw-away dense copy these would do nothing, without a word.
 _REFUSED = {Tensor.register_hook, Tensor.retain_grad, Tensor.backward}
 
@@ -229,14 +232,22 @@ def _materialise(func: Callable, args: tuple, kwargs: dict) -> Any:
     if name not in dense_fallbacks:
         warn(
             f"{name} has no rule for these sparse arguments and gets a dense tensor. The result "
-            "is right, but costs what a dense guide costs. pyro_ssvi.dense_fallbacks counts "
-            "such calls.",
+            "is right, but costs what a dense guide costs. 'Which operations are sparse' in the "
+            "docs says how to avoid it; pyro_ssvi.dense_fallbacks counts such calls.",
             PerformanceWarning,
-            stacklevel=4,
+            stacklevel=_stacklevel(),
         )
     dense_fallbacks[name] += 1
     args, kwargs = tree_map(_dense, (args, kwargs))
     return func(*args, **kwargs)
+
+
+def _stacklevel() -> int:
+    """Where the line of the user's model is, as :func:`warnings.warn` counts for the caller."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_USER_S and frame.f_back:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _dense(x: Any) -> Any:

@@ -390,8 +390,9 @@ class SSVI(SVI):
 
         :param dtype: of locations and scales in the file, such as ``torch.bfloat16``; by default
             their own.
-        :raises ValueError: if there is another guide than one sparse guide of this package, or
-            ``dtype`` cannot hold the numbers of a site.
+        :raises ValueError: if there is another guide than one sparse guide of this package,
+            ``dtype`` cannot hold the numbers of a site, or the model trains a module that is no
+            part of it.
         """
         posterior.export(self, path, dtype)
 

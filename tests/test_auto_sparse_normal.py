@@ -399,6 +399,17 @@ def test_to_double():
     assert guide.indices.dtype == torch.int64
 
 
+def test_summary_of_a_site_without_elements():
+    def model():
+        pyro.sample("empty", dist.Normal(0.0, 1.0).expand([0]).to_event(1))
+        pyro.sample("w", dist.Normal(0.0, 1.0).expand([4, 5]).to_event(2))
+
+    guide = AutoSparseNormal(model, density=0.5)
+    guide()
+    assert guide.summary().total.density == 0.5
+    assert "0.00%" in str(guide.summary())
+
+
 def test_summary_is_a_table():
     guide = AutoSparseNormal(bnn, density=0.25)
     guide(x, y)

@@ -142,4 +142,5 @@ def test_reliability_on_the_axes_that_are_given():
     assert ax.lines[1].get_ydata().tolist() == pytest.approx([1.0, 1.0, 0.5])
     plot.reliability(probs, torch.tensor([0, 1, 1, 1]), ax=ax, label="again")
     assert len(ax.lines) == 3  # one diagonal
+    assert len({line.get_marker() for line in ax.lines}) == 3  # told apart without colours
     plt.close("all")

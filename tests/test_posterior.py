@@ -101,6 +101,23 @@ def test_a_module_gets_its_parameters_and_running_statistics(tmp_path):
     torch.testing.assert_close(draws(fresh, guide), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_a_network_that_is_no_part_of_the_model(tmp_path, known):
+    """Its running statistics would be lost, and predictions be of another network."""
+    net = make_net()
+
+    def regression(x, y=None):
+        mean = net(x).squeeze(-1)
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", dist.Normal(mean, 0.5), obs=y)
+
+    svi = trained(regression, steps=1)
+    if known:
+        svi.model.add_module("net", net)
+    with pytest.raises(ValueError, match=r"'net\$\$\$1.weight'.*torch.nn.Module.*self.net = "):
+        svi.export(tmp_path / "a.posterior")
+
+
 def wide(x, y=None):
     w1 = pyro.sample("w1", dist.Normal(0.0, 1.0).expand([300, 12]).to_event(2))
     w2 = pyro.sample("w2", dist.Normal(0.0, 1.0).expand([300, 300]).to_event(2))

@@ -1,12 +1,14 @@
 """Every way to use a sparse value against its dense twin, in value and in every gradient."""
 
 import copy
+import linecache
 import pickle
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
+from pyro import poutine
 
 from pyro_ssvi import (
     ActiveSet,
@@ -184,6 +186,29 @@ def test_an_unknown_function_is_counted_and_warned_of_once():
     assert dense_fallbacks == {"torch.sin": 2}
     with forbid_materialise(), pytest.raises(MaterialiseError, match="sin"):
         torch.sin(W)
+
+
+def test_the_warning_is_at_the_line_of_the_model():
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            return x.cumsum(0)
+
+    def model():
+        return Layer()(SparseTensor(torch.randn(3), ActiveSet.random((OUT, IN), 3)))[0]
+
+    with pytest.warns(PerformanceWarning, match="cumsum") as caught:
+        poutine.trace(model).get_trace()
+    assert caught[0].filename == __file__
+    assert linecache.getline(__file__, caught[0].lineno).strip() == "return x.cumsum(0)"
+
+    def network():
+        layer = torch.nn.Conv3d(1, 1, 1)
+        w = SparseTensor(torch.zeros(1), ActiveSet.random((1, 1, 1, 1, 1), 1))
+        return torch.func.functional_call(layer, {"weight": w}, torch.zeros(1, 1, 2, 2, 2))
+
+    with pytest.warns(PerformanceWarning, match="conv3d") as caught:
+        poutine.trace(network).get_trace()
+    assert linecache.getline(__file__, caught[0].lineno).strip().startswith("return torch.func")
 
 
 IN_PLACE = {

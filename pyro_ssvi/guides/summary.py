@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple
 
 from ..active_set import ActiveSet
@@ -62,7 +63,7 @@ class Summary(Table):
             "total",
             (),
             active,
-            active / max(sum(row.active / row.density for row in self.rows), 1),
+            active / max(sum(prod(row.shape) for row in self.rows), 1),
             sum(row.bytes for row in self.rows),
             sum(row.autonormal_bytes for row in self.rows),
         )
