@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from pyro_ssvi import SSVI, AutoSparseNormal, CosineSchedule, kernels
+from pyro_ssvi import (
+    SSVI,
+    AutoSparseDelta,
+    AutoSparseGuide,
+    AutoSparseLowRankMultivariateNormal,
+    AutoSparseNormal,
+    CosineSchedule,
+    kernels,
+)
 from pyro_ssvi.nn import bayesianize
 
 NUM_DATA = 60_000
@@ -30,6 +38,7 @@ PRIOR_SCALE = 0.1
 INIT_SCALE = 0.01
 LEARNING_RATE = 1e-3
 EXCHANGE_EVERY = 100
+RANK = 10
 
 
 class Batch:
@@ -236,16 +245,24 @@ class Sparse(Bayesian):
     """
 
     def __init__(
-        self, net: nn.Module, batch: Batch, density: float, elbo: Any, backend: str = "auto"
+        self,
+        net: nn.Module,
+        batch: Batch,
+        density: float,
+        elbo: Any,
+        backend: str = "auto",
+        family: type[AutoSparseGuide] = AutoSparseNormal,
     ) -> None:
-        self.density = density
+        self.density, self.family = density, family
         super().__init__(net, batch, elbo)
         kernels.use(backend)
 
     def make_guide(self, **options: Any) -> Any:
-        return AutoSparseNormal(
-            self.model, density=self.density, create_plates=self.plate, **options
-        )
+        if self.family is AutoSparseDelta:
+            del options["init_scale"]
+        if self.family is AutoSparseLowRankMultivariateNormal:
+            options["rank"] = RANK
+        return self.family(self.model, density=self.density, create_plates=self.plate, **options)
 
     def make_svi(self, optim: Any) -> SVI:
         schedule = CosineSchedule(every=EXCHANGE_EVERY, fraction=0.3, stop=10**9)
@@ -294,5 +311,9 @@ CONTENDERS: dict[str, Callable[[nn.Module, Batch, float], Contender]] = {
     "masked": Masked,
     "ssvi": lambda *args: Sparse(*args, Trace_ELBO()),
     "ssvi-meanfield": lambda *args: Sparse(*args, TraceMeanField_ELBO()),
+    "ssvi-delta": lambda *args: Sparse(*args, Trace_ELBO(), family=AutoSparseDelta),
+    "ssvi-lowrank": lambda *args: Sparse(
+        *args, Trace_ELBO(), family=AutoSparseLowRankMultivariateNormal
+    ),
     "ssvi-torch": lambda *args: Sparse(*args, Trace_ELBO(), backend="torch"),
 }

@@ -139,6 +139,11 @@ def lenet() -> list[Setting]:
     )
 
 
+def correlations() -> list[Setting]:
+    """Independent weights beside correlated ones, on as many active coordinates."""
+    return seeds([SPARSE, replace(SPARSE, method="low-rank")])
+
+
 def allocation() -> list[Setting]:
     """Each site with a number of its own, or all in competition; from two first allocations."""
     return seeds(
@@ -190,6 +195,7 @@ def steps() -> list[Setting]:
         DENSE_LOCAL,
         NET,
         *(replace(SPARSE, density=d) for d in (0.2, 0.1, 0.05, 0.02, 0.01)),
+        replace(SPARSE, method="low-rank"),
         replace(SPARSE, net="800-800", density=0.075),
         replace(SPARSE, net="1600-1600", density=0.025),
         WIDER,
@@ -203,6 +209,7 @@ _PARTS: tuple[Callable[[], list[Setting]], ...] = (
     defaults,
     without_posterior,
     criteria,
+    correlations,
     allocation,
     evidence,
     agreement,

@@ -23,7 +23,13 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor, nn
 
-from pyro_ssvi import SSVI, AutoSparseNormal, ConstantSchedule, CosineSchedule
+from pyro_ssvi import (
+    SSVI,
+    AutoSparseLowRankMultivariateNormal,
+    AutoSparseNormal,
+    ConstantSchedule,
+    CosineSchedule,
+)
 from pyro_ssvi.addition import ADDITION
 from pyro_ssvi.criteria import REMOVAL
 from pyro_ssvi.densities import ErdosRenyiKernel, Policy, Uniform
@@ -39,6 +45,7 @@ __all__ = ["Data", "Setting", "load", "run", "step_function"]
 
 NUM_SAMPLES = 16  # posterior samples of a prediction
 CALIBRATION = 5000  # training images that a temperature is fitted on
+RANK = 10
 TINY = 1e-8  # the standard deviation of a net that is deterministic but for its training code
 
 
@@ -46,8 +53,9 @@ TINY = 1e-8  # the standard deviation of a net that is deterministic but for its
 class Setting:
     """Everything that a run depends on.
 
-    :ivar method: "autonormal": Pyro's own; "ssvi"; "deterministic": a dense net; "rigl": a sparse
-        net without a posterior, which is ssvi at a standard deviation of 1e-8 that is not trained.
+    :ivar method: "autonormal": Pyro's own; "ssvi"; "low-rank": ssvi with correlations, of rank 10;
+        "deterministic": a dense net; "rigl": a sparse net without a posterior, which is ssvi at a
+        standard deviation of 1e-8 that is not trained.
     :ivar local: local reparameterisation.
     :ivar init_loc: "fan-in": random, by the inputs that a unit really has; "feasible": 0, as the
         guides have it by default.
@@ -194,7 +202,10 @@ class Bayesian(Contender):
             self.guide = AutoNormal(model, **options)
             self.svi = SVI(model, self.guide, optim, elbo)
         else:
-            self.guide = AutoSparseNormal(model, density=policy, **options)
+            if setting.method == "low-rank":
+                options["rank"] = RANK
+            family = AutoSparseLowRankMultivariateNormal if "rank" in options else AutoSparseNormal
+            self.guide = family(model, density=policy, **options)
             stop = max(1, int(0.75 * num_steps))
             every = min(setting.every, stop)
             self.svi = SSVI(
@@ -216,7 +227,8 @@ class Bayesian(Contender):
 
     @property
     def active(self) -> int:
-        return sum(parameter.numel() for parameter in self.guide.parameters()) // 2
+        locs = [p for name, p in self.guide.named_parameters() if "loc" in name]
+        return sum(parameter.numel() for parameter in locs)
 
     def step(self, x: Tensor, y: Tensor) -> float:
         loss = self.svi.step(x, y)

@@ -16,6 +16,7 @@ The contenders (see contenders.py) train the network 784-H-H-10 on random images
 - deterministic: a plain network with Adam; ivon: a plain network with IVON
 - masked: SSVI as published, with dense tensors times masks
 - ssvi, ssvi-meanfield: this package, with either loss; ssvi-torch: with torch's CSR products
+- ssvi-delta, ssvi-lowrank: with a sparse point estimate, and with correlations of rank 10
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ RESNET18 = "ResNet-18"
 RESNET18_BATCH = 32
 EXCHANGE_EVERY = 100
 DENSE = ("autonormal", "autonormal-meanfield", "deterministic", "ivon", "masked")
-SPARSE = ("ssvi", "ssvi-meanfield", "ssvi-torch")
+SPARSE = ("ssvi", "ssvi-meanfield", "ssvi-delta", "ssvi-lowrank", "ssvi-torch")
 PLAIN = ("deterministic", "ivon", "masked")  # nets that have, or start from, numbers of their own
 REFERENCES = ("autonormal", "deterministic")
 PACKAGES = ("pyro_ssvi", "pyro-ppl", "torch", "numba", "ivon-opt")
