@@ -32,6 +32,7 @@ from pyro_ssvi import (
     kernels,
 )
 from pyro_ssvi.nn import bayesianize
+from pyro_ssvi.structures import Tiles
 
 NUM_DATA = 60_000
 PRIOR_SCALE = 0.1
@@ -238,10 +239,20 @@ class Bayesian(Contender):
         return [*parts, *self.net.parameters(), *self.net.buffers()]
 
 
+def fits(tiles: Tiles, shape: torch.Size) -> bool:
+    try:
+        tiles.tile(shape)
+    except ValueError:
+        return False
+    return True
+
+
 class Sparse(Bayesian):
     """The Pyro model with AutoSparseNormal and SSVI.
 
-    At its first exchanges the schedule moves 30 % of the coordinates: no later one costs more.
+    With ``tiles``, weights that these divide are active by tiles; the others, such as those of ten
+    outputs, by single coordinates. At its first exchanges the schedule moves 30 % of the
+    coordinates: no later one costs more.
     """
 
     def __init__(
@@ -252,8 +263,14 @@ class Sparse(Bayesian):
         elbo: Any,
         backend: str = "auto",
         family: type[AutoSparseGuide] = AutoSparseNormal,
+        tiles: Tiles | None = None,
     ) -> None:
         self.density, self.family = density, family
+        self.structure = {
+            f"net.{name}": tiles
+            for name, weight in weights_of(net).items()
+            if tiles is not None and weight.dim() > 1 and fits(tiles, weight.shape)
+        }
         super().__init__(net, batch, elbo)
         kernels.use(backend)
 
@@ -262,7 +279,13 @@ class Sparse(Bayesian):
             del options["init_scale"]
         if self.family is AutoSparseLowRankMultivariateNormal:
             options["rank"] = RANK
-        return self.family(self.model, density=self.density, create_plates=self.plate, **options)
+        return self.family(
+            self.model,
+            density=self.density,
+            structure=self.structure,
+            create_plates=self.plate,
+            **options,
+        )
 
     def make_svi(self, optim: Any) -> SVI:
         schedule = CosineSchedule(every=EXCHANGE_EVERY, fraction=0.3, stop=10**9)
@@ -300,7 +323,10 @@ class Sparse(Bayesian):
         return sum(n * flops for n, flops in zip(products, each, strict=False))
 
     def state(self) -> Any:
-        return [super().state(), [vars(active) for active in self.guide.active_sets.values()]]
+        sets = self.guide.active_sets.values()
+        tilings = [tiling for active in sets for tiling in active._tilings.values()]
+        units = [tiling.units for tiling in tilings]
+        return [super().state(), [vars(each) for each in (*sets, *tilings, *units)]]
 
 
 CONTENDERS: dict[str, Callable[[nn.Module, Batch, float], Contender]] = {
@@ -315,5 +341,6 @@ CONTENDERS: dict[str, Callable[[nn.Module, Batch, float], Contender]] = {
     "ssvi-lowrank": lambda *args: Sparse(
         *args, Trace_ELBO(), family=AutoSparseLowRankMultivariateNormal
     ),
+    "ssvi-tiles": lambda *args: Sparse(*args, Trace_ELBO(), tiles=Tiles(4, 4)),
     "ssvi-torch": lambda *args: Sparse(*args, Trace_ELBO(), backend="torch"),
 }

@@ -108,6 +108,12 @@ def as_called(setting: Setting) -> str:
     return f"{name(setting)}, " + ("all by default" if usual else f'addition="{setting.addition}"')
 
 
+def with_structure(setting: Setting) -> str:
+    words = {"single": "single coordinates", "n:m": "groups: 2 of 49, and 1 of 20"}
+    tiles = f"tiles {setting.structure.replace('x', ' x ')}"
+    return f"{name(setting)}, {words.get(setting.structure, tiles)}"
+
+
 def difference(setting: Setting) -> str:
     """What a setting of the ablations changes."""
     base = asdict(replace(SPARSE, density=0.02))
@@ -242,6 +248,7 @@ def tables(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
         "allocation": part("allocation", exchanged),
         "evidence": part("evidence", exchanged),
         "exchanges": part("exchanges", difference),
+        "structures": part("structures", with_structure),
         "agreement": agreement(results),
         "robustness": robustness(results),
         "elsewhere": out_of_distribution(results),

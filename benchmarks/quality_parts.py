@@ -104,6 +104,13 @@ def exchanges() -> list[Setting]:
     )
 
 
+def structures() -> list[Setting]:
+    """Tiles and groups, beside single coordinates, at 5 %."""
+    return seeds(
+        [replace(SPARSE, structure=each) for each in ("single", "1x4", "4x1", "4x4", "n:m")]
+    )
+
+
 def agreement() -> list[Setting]:
     """How alike the criteria's choices are in the course of training."""
     return [replace(SPARSE, agreement=True)]
@@ -215,6 +222,7 @@ _PARTS: tuple[Callable[[], list[Setting]], ...] = (
     agreement,
     robustness,
     exchanges,
+    structures,
     steps,
 )
 PARTS: dict[str, list[Setting]] = {part.__name__: part() for part in _PARTS}

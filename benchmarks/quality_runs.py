@@ -35,6 +35,7 @@ from pyro_ssvi.criteria import REMOVAL
 from pyro_ssvi.densities import ErdosRenyiKernel, Policy, Uniform
 from pyro_ssvi.diagnostics import elbo_parts, overlap, uncertainty
 from pyro_ssvi.nn import bayesianize
+from pyro_ssvi.structures import NM, Structure, Tiles
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))  # for what they share
 
@@ -46,6 +47,7 @@ __all__ = ["Data", "Setting", "load", "run", "step_function"]
 NUM_SAMPLES = 16  # posterior samples of a prediction
 CALIBRATION = 5000  # training images that a temperature is fitted on
 RANK = 10
+N_OF_M = {"net.1.weight": NM(2, 49), "net.3.weight": NM(1, 20)}
 TINY = 1e-8  # the standard deviation of a net that is deterministic but for its training code
 
 
@@ -60,6 +62,8 @@ class Setting:
     :ivar init_loc: "fan-in": random, by the inputs that a unit really has; "feasible": 0, as the
         guides have it by default.
     :ivar share: of the coordinates exchanged at first; 0 for a fixed random active set.
+    :ivar structure: what is active as one: "single" coordinates, tiles such as "4x1", or "n:m": in
+        784-400-400-10, 2 of 49 columns of the first layer and 1 of 20 of the second.
     :ivar tempered: fit a temperature on the last training images, and train on the others.
     :ivar agreement: note after each epoch how alike the criteria's choices are.
     :ivar held_out: test on the last 10 000 training images, train on the others: for choosing
@@ -87,6 +91,7 @@ class Setting:
     tempered: bool = False
     agreement: bool = False
     held_out: bool = False
+    structure: str = "single"
     seed: int = 0
     allocation: str = "per_site"
 
@@ -189,6 +194,9 @@ class Bayesian(Contender):
         policy = density_policy(setting)
         weights = {key: shape for key, shape in net.shapes.items() if len(shape) > 1}
         densities = {f"net.{key}": value for key, value in policy.allocate(weights).items()}
+        density: Any = policy
+        if setting.structure == "n:m":
+            density = densities = densities | {name: nm.n / nm.m for name, nm in N_OF_M.items()}
         plain = setting.method == "rigl"
         options: dict[str, Any] = {
             "init_loc_fn": init_to_fan_in(densities)
@@ -205,7 +213,8 @@ class Bayesian(Contender):
             if setting.method == "low-rank":
                 options["rank"] = RANK
             family = AutoSparseLowRankMultivariateNormal if "rank" in options else AutoSparseNormal
-            self.guide = family(model, density=policy, **options)
+            structure = structure_of(setting)
+            self.guide = family(model, density=density, structure=structure, **options)
             stop = max(1, int(0.75 * num_steps))
             every = min(setting.every, stop)
             self.svi = SSVI(
@@ -241,6 +250,15 @@ class Bayesian(Contender):
 
     def logits_at_mean(self, x: Tensor) -> Tensor:
         return poutine.condition(self.model, self.guide.median())(x)
+
+
+def structure_of(setting: Setting) -> Structure | dict[str, NM] | None:
+    if setting.structure == "single":
+        return None
+    if setting.structure == "n:m":
+        return N_OF_M
+    rows, cols = map(int, setting.structure.split("x"))
+    return Tiles(rows, cols)
 
 
 def density_policy(setting: Setting) -> Policy:

@@ -15,7 +15,8 @@ The contenders (see contenders.py) train the network 784-H-H-10 on random images
 - autonormal, autonormal-meanfield: Pyro's AutoNormal, with Trace_ELBO and TraceMeanField_ELBO
 - deterministic: a plain network with Adam; ivon: a plain network with IVON
 - masked: SSVI as published, with dense tensors times masks
-- ssvi, ssvi-meanfield: this package, with either loss; ssvi-torch: with torch's CSR products
+- ssvi, ssvi-meanfield: this package, with either loss; ssvi-torch: with torch's CSR products;
+  ssvi-tiles: with tiles of 4 x 4 weights
 - ssvi-delta, ssvi-lowrank: with a sparse point estimate, and with correlations of rank 10
 """
 
@@ -42,7 +43,14 @@ RESNET18 = "ResNet-18"
 RESNET18_BATCH = 32
 EXCHANGE_EVERY = 100
 DENSE = ("autonormal", "autonormal-meanfield", "deterministic", "ivon", "masked")
-SPARSE = ("ssvi", "ssvi-meanfield", "ssvi-delta", "ssvi-lowrank", "ssvi-torch")
+SPARSE = (
+    "ssvi",
+    "ssvi-meanfield",
+    "ssvi-delta",
+    "ssvi-lowrank",
+    "ssvi-tiles",
+    "ssvi-torch",
+)
 PLAIN = ("deterministic", "ivon", "masked")  # nets that have, or start from, numbers of their own
 REFERENCES = ("autonormal", "deterministic")
 PACKAGES = ("pyro_ssvi", "pyro-ppl", "torch", "numba", "ivon-opt")
@@ -71,10 +79,13 @@ def peak_memory(device: str) -> int | None:
     return torch.cuda.max_memory_allocated() if device.startswith("cuda") else memory("VmHWM")
 
 
+clock = time.perf_counter
+
+
 def timed(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = clock()
     function()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def take_turn(contender: Any, steps: int) -> dict[str, float]:
@@ -94,7 +105,10 @@ def take_turn(contender: Any, steps: int) -> dict[str, float]:
 
 def worker(args: argparse.Namespace) -> None:
     """Answer each line of standard input: ``turn STEPS`` or ``report``."""
+    global clock
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no answer
+    if args.cpu_time:
+        clock = time.process_time
 
     import contenders
     import pyro
@@ -109,7 +123,7 @@ def worker(args: argparse.Namespace) -> None:
     make = contenders.CONTENDERS[args.worker]
     # Much is loaded at first use: torch's compiler by Adam, MKL's products, compiled kernels.
     batch = contenders.Batch(args.batch_size, [FEATURES], CLASSES)
-    take_turn(make(contenders.perceptron([FEATURES, CLASSES, CLASSES]), batch, 0.1), 1)
+    take_turn(make(contenders.perceptron([FEATURES, 12, CLASSES]), batch, 0.1), 1)
     small_net = memory("VmRSS") if on_host else 0
     pyro.clear_param_store()
 
@@ -164,6 +178,8 @@ class Worker:
         command += ["--device", args.device]
         if args.threads is not None:
             command += ["--threads", str(args.threads)]
+        if args.cpu_time:
+            command += ["--cpu-time"]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -192,8 +208,9 @@ def line_up(args: argparse.Namespace) -> list[Entry]:
 
 def compile_kernels(args: argparse.Namespace) -> None:
     """Have sparse kernels compiled, once for a machine, where it is not measured."""
-    if "ssvi" in args.contenders or "ssvi-meanfield" in args.contenders:
-        first = Worker(Entry("ssvi", 0.1), 32, args)
+    names = ["ssvi"] if {"ssvi", "ssvi-meanfield"} & set(args.contenders) else []
+    for name in [*names, *({"ssvi-tiles"} & set(args.contenders))]:
+        first = Worker(Entry(name, 0.1), 32, args)
         first.ask("turn 1")
         first.close()
 
@@ -358,6 +375,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="a contender's steps in a round take so long")
     parser.add_argument("--device", default="cpu", help="cpu or cuda, as torch names it")
     parser.add_argument("--threads", type=int, help="of each contender (default: torch's)")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="of all threads, rather than the clock's: with --threads 1, on a machine in use",
+    )
     parser.add_argument("--json", type=Path, help="write settings and results to this file")
     parser.add_argument("--quick", action="store_true", help="one small net, and short rounds")
     parser.add_argument("--worker", choices=names, help=argparse.SUPPRESS)

@@ -36,9 +36,9 @@ class Tiling:
         #: int32 ``[U]``, from the value of a row to that of the next.
         self.stride = (cols * crow.diff()[row]).to(torch.int32)
 
-    @cached_property
+    @property
     def places(self) -> Tensor:
-        """For each tile the places of its values, int64 ``[U, rows * cols]``."""
+        """For each tile the places of its values, int64 ``[U, rows * cols]``, made anew."""
         i, j = (torch.arange(n, device=self.start.device) for n in self.shape)
         down = self.start.unsqueeze(-1) + self.stride.unsqueeze(-1) * i
         return (down.unsqueeze(-1) + j).flatten(1)
@@ -57,10 +57,9 @@ class Tiling:
 
     def indices(self) -> Tensor:
         """The active coordinates, sorted int64 ``[K]``."""
-        indices = torch.empty(self.places.numel(), dtype=torch.int64, device=self.start.device)
-        return indices.scatter_(
-            0, self.places.flatten(), self.coordinates(self.units.indices).flatten()
-        )
+        places = self.places.flatten()
+        coordinates = self.coordinates(self.units.indices).flatten()
+        return torch.empty_like(places).scatter_(0, places, coordinates)
 
     @cached_property
     def order(self) -> Tensor:

@@ -25,7 +25,7 @@ def run(name: str, arguments: str, folder: Path) -> subprocess.CompletedProcess:
 
 
 def test_training_step(tmp_path):
-    names = ["autonormal", "deterministic", "masked", "ssvi"]
+    names = ["autonormal", "deterministic", "masked", "ssvi", "ssvi-tiles"]
     arguments = f"--quick --hidden 16 --density 0.1 --rounds 2 --seconds 0.01 --json out/r.json \
         --batch-size 8 --contenders {' '.join(names)}"
     result = run("training_step.py", arguments, tmp_path)
@@ -44,7 +44,7 @@ def test_training_step(tmp_path):
         assert len(row["rounds"]) == 2
         assert 0 < row["ms_min"] <= row["ms"] <= row["ms_max"]
         assert set(row["times_faster_than"]) == {"autonormal", "deterministic"}
-        assert (row["exchange_ms"] is None) == (row["name"] != "ssvi")
+        assert (row["exchange_ms"] is None) == (not row["name"].startswith("ssvi"))
     assert rows["autonormal"]["times_faster_than"]["autonormal"] == 1
 
     weights = [784 * 16, 16 * 16, 16 * 10]
@@ -56,11 +56,30 @@ def test_training_step(tmp_path):
     active = [int(0.1 * n + 0.5) for n in weights]
     assert rows["ssvi"]["state_bytes"] >= 4 * (6 * (sum(active) + biases) + 2) + 8 * sum(active)
     assert rows["ssvi"]["state_bytes"] < rows["autonormal"]["state_bytes"] / 3
+    assert rows["ssvi-tiles"]["state_bytes"] < 1.2 * rows["ssvi"]["state_bytes"]
     # Two products of the first layer, three of the others; a multiplication and an addition each.
     products = [2 * 2 * 8, 3 * 2 * 8, 3 * 2 * 8]
     for name, counts in [("autonormal", weights), ("masked", weights), ("ssvi", active)]:
         flops = sum(n * k for n, k in zip(products, counts, strict=True))
         assert rows[name]["flops"] == flops
+
+
+def test_products(tmp_path):
+    arguments = "--size 16 --density 0.2 --tiles 4x4 --batch-size 8 --rounds 1"
+    result = run("products.py", arguments, tmp_path)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert [line.split()[0] for line in lines[4:]] == ["1x1", "4x4", "dense"]
+
+
+def test_lines_of_an_older_study_count(quality, tmp_path):
+    """Fields that Setting has got since have their default there."""
+    setting = dataclasses.asdict(quality.Setting(net="8-8", epochs=1, batch_size=300))
+    del setting["structure"]
+    path = tmp_path / "old.jsonl"
+    path.write_text(json.dumps({"setting": setting}) + "\n")
+    quality.train([quality.Setting(**setting)], path, str(tmp_path), 1)
+    assert len(quality.read(path)) == 1
 
 
 def test_all_contenders_exist():
@@ -126,7 +145,7 @@ def quality(tmp_path, monkeypatch):
             if setting.seed < 2
         ][:keep]
         for (part, settings), keep in zip(
-            quality_parts.PARTS.items(), (9, 0, 2, 1, 2, 2, 1, 2, 0, 2), strict=True
+            quality_parts.PARTS.items(), (9, 0, 2, 1, 2, 2, 1, 2, 0, 2, 2), strict=True
         )
     }
     for module in (quality, sys.modules["quality_page"]):
@@ -150,7 +169,7 @@ def test_quality_study_is_resumable_and_fills_its_page(quality, tmp_path, capsys
     arguments = ["--data-dir", str(tmp_path), "--results", str(path)]
     page = tmp_path / "quality.md"
     names = ("densities", "longer", "steps", "wider", "lenet", "without_posterior", "criteria")
-    names += ("exchanges", "agreement", "robustness", "elsewhere", "defaults")
+    names += ("exchanges", "agreement", "robustness", "elsewhere", "defaults", "structures")
     marks = "".join(f"<!-- table: {name} -->\n<!-- end -->\n\n" for name in names)
     page.write_text(f"Before.\n\n{marks}After.\n")
     with pytest.MonkeyPatch.context() as patch:
