@@ -104,7 +104,7 @@ def with_net(setting: Setting) -> str:
 
 
 def as_called(setting: Setting) -> str:
-    usual = setting.addition == "mixed_gradient"
+    usual = setting.addition == "gradient"
     return f"{name(setting)}, " + ("all by default" if usual else f'addition="{setting.addition}"')
 
 

@@ -60,8 +60,8 @@ def defaults() -> list[Setting]:
     at = replace(SPARSE, policy="uniform", init_loc="feasible")
     return seeds(
         [
-            *(replace(at, addition="mixed_gradient", density=d) for d in (0.1, 0.05, 0.02)),
-            *(replace(at, addition=addition) for addition in ("gradient", "sampled_gradient")),
+            replace(at, addition=addition)
+            for addition in ("gradient", "mixed_gradient", "sampled_gradient")
         ]
     )
 

@@ -94,8 +94,7 @@ def train(weights: int, active: int, steps: int, threads: int | None) -> Result:
     schedule = CosineSchedule(every=max(steps // 4, 1), stop=max(3 * steps // 4, 1))
     optim = pyro.optim.Adam({"lr": 1e-3})
     loss = TraceMeanField_ELBO()
-    # The largest gradients, as in the paper: without a random number for each of so many weights.
-    svi = SSVI(net.model, guide, optim, loss, addition="gradient", schedule=schedule, kl_weight=0.1)
+    svi = SSVI(net.model, guide, optim, loss, schedule=schedule, kl_weight=0.1)
     num_data = len(data.train_x)
     times: dict[bool, list[float]] = {False: [], True: []}  # by whether the step exchanges
     progress = tqdm(range(1, steps + 1), desc=f"{weights:,} weights", leave=False)

@@ -138,7 +138,7 @@ class SSVI(SVI):
         loss: Any,
         *,
         removal: str | Callable[[Tensor, Tensor], Tensor] = "snr_abs",
-        addition: str | Addition | Callable[[Tensor], Tensor] = "mixed_gradient",
+        addition: str | Addition | Callable[[Tensor], Tensor] = "gradient",
         allocation: str = "per_site",
         schedule: Schedule | None = None,
         new_scale: float | str = "mean",
