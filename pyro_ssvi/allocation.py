@@ -81,8 +81,8 @@ def depart(rooms: Sequence[Room], removal: Sequence[Tensor], share: float) -> li
     )
     if n <= 0:
         return []
-    none = [0] * len(rooms)
-    return largest([-scores for scores in removal], n, none, [room.removable for room in rooms])
+    least, most = [0] * len(rooms), [room.removable for room in rooms]
+    return largest([-scores for scores in removal], n, least, most, n)
 
 
 #: A function of scores; the largest results are chosen.
@@ -112,10 +112,11 @@ def fill(
     :raises FloatingPointError: if one of the largest scores is not finite.
     """
     chosen: list[Tensor] = []
-    for last, (n, compare) in enumerate(rounds, start=1 - len(rounds)):
+    left = sum(n for n, _ in rounds)
+    for n, compare in rounds:
         have = [len(each) for each in chosen] or [0] * len(most)
+        need = [max(0, low - k) for low, k in zip(least, have, strict=True)]
         free = [cap - k for cap, k in zip(most, have, strict=True)]
-        need = [0 if last else max(0, low - k) for low, k in zip(least, have, strict=True)]
         # So many that enough are left when those that are chosen already have gone.
         pools = [
             propose(i, min(n, cap) + k, compare)
@@ -125,31 +126,41 @@ def fill(
             score.masked_fill(torch.isin(indices, chosen[i]), -math.inf) if chosen else score
             for i, (indices, score) in enumerate(pools)
         ]
-        places = largest(scores, n, need, free)
-        if not all(score[p].isfinite().all() for score, p in zip(scores, places, strict=True)):
+        places = largest(scores, n, need, free, left - sum(need))
+        finite = all(score[p].isfinite().all() for score, p in zip(scores, places, strict=True))
+        if not finite or sum(map(len, places)) < n:
             raise FloatingPointError("its gradient is not finite")
         new = [indices[p] for (indices, _), p in zip(pools, places, strict=True)]
         chosen = [torch.cat(pair) for pair in zip(chosen, new, strict=True)] if chosen else new
+        left -= n
     return chosen
 
 
 def largest(
-    scores: Sequence[Tensor], n: int, least: Sequence[int], most: Sequence[int]
+    scores: Sequence[Tensor], n: int, least: Sequence[int], most: Sequence[int], spare: int
 ) -> list[Tensor]:
-    """The places of the ``n`` largest scores of several groups together.
+    """The places of the ``n`` largest scores of several groups together, or of all there are.
 
     :param scores: of each group, 1-d. NaN counts as the largest.
-    :param least: how many of each group are taken whatever the others have, ``n`` in all at most.
-    :param most: how many of each group are taken at most, ``n`` in all at least.
+    :param least: how many each group is to have, whatever the others have.
+    :param most: how many of each group are taken at most.
+    :param spare: how many are taken at most beyond what groups are to have. If it is ``n`` less
+        the sum of ``least``, they all get that now; if it is more, later choices see to the rest.
     :return: the places in each group.
     """
     ranked = [part.topk(min(cap, n, len(part))) for part, cap in zip(scores, most, strict=True)]
-    keys = [
-        values.double().index_fill(0, torch.arange(need, device=values.device), math.inf)
-        for (values, _), need in zip(ranked, least, strict=True)
-    ]
-    sizes = torch.tensor([len(key) for key in keys], device=keys[0].device)
-    winners = torch.cat(keys).topk(n, sorted=False).indices
-    group = torch.repeat_interleave(sizes)[winners]
-    counts = torch.bincount(group, minlength=len(keys)).tolist()
+    sizes = [len(values) for values, _ in ranked]
+    device = scores[0].device
+    keys = torch.cat([values.double() for values, _ in ranked])
+    ranks = torch.cat([torch.arange(size, device=device) for size in sizes])
+    group = torch.repeat_interleave(torch.tensor(sizes, device=device))
+    needed = ranks < torch.tensor(least, device=device)[group]
+    others = top(keys, needed.logical_not().nonzero().squeeze(-1), spare)
+    winners = top(keys, torch.cat([needed.nonzero().squeeze(-1), others]), n)
+    counts = torch.bincount(group[winners], minlength=len(sizes)).tolist()
     return [places[:count] for (_, places), count in zip(ranked, counts, strict=True)]
+
+
+def top(keys: Tensor, places: Tensor, n: int) -> Tensor:
+    """Those of some places, all of them if there are no more, that have the ``n`` largest keys."""
+    return places[keys[places].topk(min(n, len(places)), sorted=False).indices]

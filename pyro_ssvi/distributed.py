@@ -318,11 +318,12 @@ class DistributedSSVI(SSVI):
         :param own: flat indices of units.
         """
         candidates = self._from_all(own).unique()
-        places, order = active.unit_coordinates(candidates).flatten().sort()
+        coordinates = active.unit_coordinates(candidates)
+        places, order = coordinates.flatten().sort()
         sums = self._read(active, places, record)
         scores = self.addition.scores_at(active, places, sums, record, self.world_size)
         scores = torch.empty_like(scores).scatter_(0, order, scores)
-        return candidates, scores.view(len(candidates), -1).sum(-1)
+        return candidates, scores.view(coordinates.shape).sum(-1)
 
     def _read(self, active: ActiveSet, places: Tensor, record: GradientRecord) -> Tensor:
         """What all processes know of some coordinates, on average."""

@@ -30,19 +30,29 @@ def rooms(draw):
     return Room(numel, draw(st.integers(floor, numel - 1)), initial)
 
 
-def compete(rooms, removal, share, propose):
-    """Those that go and those that come, of each site."""
+def compete(rooms, removal, share, propose, first=1.0):
+    """Those that go and those that come, of each site.
+
+    :param first: the share that comes in a first round.
+    """
     removed = depart(rooms, removal, share)
     if not removed:
         return []
     bounds = [room.addable(len(gone)) for room, gone in zip(rooms, removed, strict=True)]
-    rounds = [(sum(map(len, removed)), as_they_are)]
+    n = sum(map(len, removed))
+    m = math.ceil(first * n)
+    rounds = [(m, as_they_are), (n - m, as_they_are)]
     added = fill(rounds, lambda i, m, _: propose(i, m), *zip(*bounds, strict=True))
     return list(zip(removed, added, strict=True))
 
 
-@given(st.lists(rooms(), min_size=1, max_size=5), st.floats(0, 1), st.integers(0, 10**6))
-def test_all_sites_together_keep_their_number_and_each_its_floor(rooms, share, seed):
+@given(
+    st.lists(rooms(), min_size=1, max_size=5),
+    st.floats(0, 1),
+    st.sampled_from([0.0, 0.25, 0.5, 1.0]),
+    st.integers(0, 10**6),
+)
+def test_all_sites_together_keep_their_number_and_each_its_floor(rooms, share, first, seed):
     generator = torch.Generator().manual_seed(seed)
     removal = [torch.rand(room.k, generator=generator) for room in rooms]
     inactive = [torch.rand(room.numel - room.k, generator=generator) for room in rooms]
@@ -51,7 +61,7 @@ def test_all_sites_together_keep_their_number_and_each_its_floor(rooms, share, s
         scores, index = inactive[i].topk(m)
         return index, scores
 
-    choices = compete(rooms, removal, share, propose)
+    choices = compete(rooms, removal, share, propose, first)
     removed = sum(len(gone) for gone, _ in choices)
     assert removed == sum(len(came) for _, came in choices)
     assert removed <= math.floor(share * sum(room.k for room in rooms) + 0.5)
@@ -95,6 +105,25 @@ def test_rounds_choose_what_is_left(sizes, seed, data):
     assert sum(map(len, found)) == n + m
 
 
+def test_a_first_round_leaves_what_sites_are_to_have():
+    """Whatever the other site has: what a first round gives it is missing in the second."""
+    scores = [torch.arange(9.0), torch.arange(9.0) + 10]
+
+    def propose(i, m, _):
+        values, index = scores[i].topk(m)
+        return index, values
+
+    for first in range(1, 7):
+        rounds = [(first, as_they_are), (7 - first, as_they_are)]
+        added = fill(rounds, propose, [5, 0], [9, 9])
+        assert [sorted(each.tolist()) for each in added] == [[4, 5, 6, 7, 8], [7, 8]]
+
+
+def test_fewer_than_are_to_come_is_an_error():
+    with pytest.raises(FloatingPointError, match="not finite"):
+        fill([(3, as_they_are)], lambda i, m, _: (torch.arange(2), torch.ones(2)), [0], [3])
+
+
 @given(st.integers(1, 30), st.integers(1, 60), st.floats(0, 1))
 def test_one_site_alone_exchanges_as_it_does_per_site(k, inactive, share):
     room = Room(k + inactive + 1, k, k)
@@ -112,7 +141,8 @@ def test_largest_equals_trying_all(scores, data):
     most = [data.draw(st.integers(0, len(group))) for group in scores]
     least = [data.draw(st.integers(0, cap)) for cap in most]
     n = data.draw(st.integers(sum(least), sum(most)))
-    places = largest([torch.tensor(group, dtype=torch.float32) for group in scores], n, least, most)
+    parts = [torch.tensor(group, dtype=torch.float32) for group in scores]
+    places = largest(parts, n, least, most, n - sum(least))
     counts = [len(chosen) for chosen in places]
     assert sum(counts) == n
     assert all(low <= c <= high for low, c, high in zip(least, counts, most, strict=True))
@@ -136,7 +166,7 @@ def best_total(scores, n, least, most):
 
 def test_nan_counts_as_the_largest():
     scores = [torch.tensor([1.0, math.nan]), torch.tensor([math.inf, 2.0])]
-    first, second = largest(scores, 2, [0, 0], [2, 2])
+    first, second = largest(scores, 2, [0, 0], [2, 2], 2)
     assert first.tolist() == [1]
     assert second.tolist() == [0]
 
@@ -156,7 +186,7 @@ def total(guide):
 @settings(deadline=None, max_examples=15)
 @given(
     st.lists(st.floats(0, 1), min_size=1, max_size=3),
-    st.sampled_from(["gradient", "sampled_gradient", "random"]),
+    st.sampled_from(["gradient", "sampled_gradient", "mixed_gradient", "random"]),
     st.sampled_from(["snr_abs", "abs_mean", lambda loc, scale: torch.rand_like(loc)]),
     st.tuples(st.floats(0.05, 0.95), st.floats(0.1, 0.9)),
 )
@@ -222,7 +252,7 @@ def by_width(loc, scale):
 
 def test_a_site_at_its_floor_goes_on_exchanging():
     def score(gradient):
-        return gradient.abs() * (1.0 if gradient.shape[-1] == 12 else 1e-6)
+        return gradient.abs() + 1 if gradient.shape[-1] == 12 else gradient.abs().clamp(max=0.5)
 
     guide, svi = make({"w0": 0.3, "w1": 0.4}, allocation="global", removal=by_width, addition=score)
     for _ in range(4):
@@ -258,7 +288,7 @@ def test_random_addition_is_uniform_over_all_sites():
     counts = torch.zeros(13)
     for _ in range(1500):
         proposals = [Random().propose(a, min(4, a.numel() - len(a)), None) for a in active]
-        chosen = largest([s for _, s in proposals], 4, [0, 0], [8, 2])
+        chosen = largest([s for _, s in proposals], 4, [0, 0], [8, 2], 4)
         for offset, (indices, _), places in zip((0, 10), proposals, chosen, strict=True):
             counts[indices[places] + offset] += 1
     inactive = torch.ones(13, dtype=torch.bool)
@@ -276,10 +306,10 @@ def test_sampled_gradient_is_in_proportion_over_all_sites():
     for a, g in zip(active, gradients, strict=True):
         record.add_dense(a, g)
     counts = torch.zeros(6)
-    criterion = Gradient(sampled=True)
+    criterion = Gradient(sampled=1.0)
     for _ in range(1500):
         proposals = [criterion.propose(a, 1, record, race) for a in active]
-        chosen = largest([s for _, s in proposals], 1, [0, 0], [1, 1])
+        chosen = largest([s for _, s in proposals], 1, [0, 0], [1, 1], 1)
         for offset, (indices, _), places in zip((0, 4), proposals, chosen, strict=True):
             counts[indices[places] + offset] += 1
     p = torch.tensor([0.0, 1, 2, 1, 0, 4]) / 8

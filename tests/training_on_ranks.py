@@ -77,11 +77,16 @@ def random_score(loc, scale):
     return torch.rand_like(loc)
 
 
+def wide(gradient):
+    """Whatever is in the first site is better."""
+    return gradient.abs() + (gradient.shape[-1] == 12)
+
+
 SETTINGS = {
     "adam": dict,
     "random addition": lambda: {"addition": "random"},
     "random removal": lambda: {"removal": random_score},
-    "sampled": lambda: {"addition": Gradient(sampled=True)},
+    "sampled": lambda: {"addition": Gradient(sampled=1.0)},
     "at the mean": lambda: {"addition": Gradient(at="mean")},
     "evidence": lambda: {
         "allocation": "global",
@@ -89,12 +94,20 @@ SETTINGS = {
         "addition": Evidence(batches=3),
     },
     "sites compete": lambda: {"allocation": "global"},
+    "sites compete, mixed": lambda: {"allocation": "global", "addition": "mixed_gradient"},
+    "a site that only loses": lambda: {
+        "allocation": "global",
+        "density": {"w0": 0.3, "w1": 0.9},
+        "schedule": ConstantSchedule(every=4, fraction=0.1),
+        "removal": lambda loc, scale: loc.abs() + len(loc),
+        "addition": Gradient(score=wide),
+    },
     "sites compete at random": lambda: {
         "allocation": "global",
         "addition": "random",
         "removal": random_score,
     },
-    "sites compete, sampled": lambda: {"allocation": "global", "addition": Gradient(sampled=True)},
+    "sites compete, sampled": lambda: {"allocation": "global", "addition": Gradient(sampled=1.0)},
     "local reparameterisation": lambda: {"loss": TraceMeanField_ELBO(), "local_reparam": True},
     "scheduler": lambda: {
         "optim": pyro.optim.ExponentialLR(
