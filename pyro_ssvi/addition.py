@@ -24,7 +24,8 @@ __all__ = ["Addition", "Evidence", "Gradient", "Random", "addition_criterion"]
 class Addition:
     """A criterion. Its subclasses say how inactive coordinates, or tiles of them, compare.
 
-    :ivar batches: from how many steps before an exchange it wants gradients recorded.
+    :ivar batches: from how many steps before an exchange it wants gradients recorded; with 0 it
+        does without.
     :ivar samples: how many draws each of them takes; all but the step's own cost a pass.
     :ivar at: ``"sample"``, or ``"mean"`` for a pass with q at its mean.
     """

@@ -40,7 +40,8 @@ class ELBOParts(NamedTuple):
     """The two sides of an ELBO, in nats.
 
     :ivar log_likelihood: expected log likelihood of what is observed.
-    :ivar kl: divergence of the posterior from the prior, by site.
+    :ivar kl: divergence of the posterior from the prior, by site. A posterior that correlates
+        sites has its own log density under a name of its own; only the sum is a divergence then.
     """
 
     log_likelihood: float
@@ -86,8 +87,10 @@ def elbo_parts(
                 kl[name] = kl.get(name, 0.0) + float(each) / num_particles
         for name, site in guide_trace.nodes.items():
             if site["type"] == "sample" and name not in model_trace:
-                # What AutoNormal draws for a constrained site, and then transforms.
-                kl[name.removesuffix("_unconstrained")] += float(_log_prob(site)) / num_particles
+                # What AutoNormal draws for a constrained site, and then transforms; or a joint
+                # draw of all sites, whose density has no part for each.
+                key = name.removesuffix("_unconstrained")
+                kl[key] = kl.get(key, 0.0) + float(_log_prob(site)) / num_particles
     return ELBOParts(log_likelihood, kl)
 
 

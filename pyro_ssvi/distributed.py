@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import checkpoint, posterior
 from .active_set import ActiveSet
-from .addition import Evidence, Random
+from .addition import Evidence
 from .allocation import Compare
 from .errors import warn_caller
 from .exchange import best
@@ -291,7 +291,7 @@ class DistributedSSVI(SSVI):
                 record.discard(active)
         own = self._in_all("plan an exchange", lambda: choices(guide, share, record))
         removed = {name: self._of_first(choice.removed) for name, choice in own.items()}
-        if isinstance(self.addition, Random):
+        if not self.addition.batches:
             added = {name: choice.added for name, choice in own.items()}
         else:
             pools = {

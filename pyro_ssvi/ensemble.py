@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import plain
-from .posterior import guide_of, guide_state, module_state, own_state, put_own
+from .posterior import guide_of, guide_state, module_state, own_state, put_own, refuse_another
 from .safe_file import Format
 
 if TYPE_CHECKING:
@@ -122,12 +122,17 @@ def load_ensemble(path: str | os.PathLike, model: Callable, map_location: Any = 
 
     :param model: the model that the posteriors are of.
     :param map_location: as for :func:`torch.load`.
-    :raises ValueError: for a file that is damaged or of another kind; at a member's first draw,
-        for one of another model.
+    :raises ValueError: for a file that is damaged or of another kind, or if the model has other
+        parameters or buffers; at a member's first draw, for one of another model.
     """
     ensemble = Ensemble(model)
-    for state in FILES.read(path, map_location)["members"]:
-        ensemble._take(state)
+    state = FILES.read(path, map_location)
+    try:
+        for member in state["members"]:
+            refuse_another(member, model, path)
+            ensemble._take(member)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error
     return ensemble
 
 
@@ -144,3 +149,6 @@ def _in_place(own: Mapping[str, Any], model: Callable) -> Iterator[None]:
         yield
     finally:
         put_own(before, model)
+        for name in own["store"]:
+            if name not in held and name in pyro.get_param_store():
+                del pyro.get_param_store()[name]

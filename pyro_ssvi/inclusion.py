@@ -97,10 +97,10 @@ def effects(
 
     The effect of an input with a single weight is that weight. With several, as in a layer, it is
     the root of the sum of their squares, whose posterior is estimated from draws of the active
-    coordinates; nothing of the site's size is made. Effects can be compared if inputs are on one
-    scale.
+    coordinates, in memory for ``num_samples`` numbers for each input that has active weights.
+    Effects can be compared if inputs are on one scale.
 
-    :param site: name of a real-valued site.
+    :param site: name of a real-valued site with one dimension or more.
     :param dim: dimension of the site that counts the inputs: by default the second, as torch's
         layers have it, or the only one.
     :param names: of the inputs; by default their numbers.
@@ -109,11 +109,11 @@ def effects(
     :raises ValueError: if there is no such real-valued site, or not one name for each input.
     :raises RuntimeError: if the guide has not seen data.
     """
-    active = guide.active_sets.get(site)
-    place = [each.name for each in guide.sites].index(site) if active is not None else 0
-    if active is None or guide.sites[place].transform is not None:
-        real = [each.name for each in guide.sites if each.transform is None]
+    active_sets = guide.active_sets
+    real = [each.name for each in guide.sites if each.transform is None and each.shape]
+    if site not in real:
         raise ValueError(f"expected one of the real-valued sites {real}, got {site!r}")
+    place, active = list(active_sets).index(site), active_sets[site]
     shape = active.shape
     dim = min(1, len(shape) - 1) if dim is None else dim
     inputs = shape[dim]
@@ -128,12 +128,17 @@ def effects(
         tail = scale * math.sqrt(2) * torch.erfinv(scale.new_tensor(level))
         parts = [loc, scale, loc - tail, loc + tail]
     else:
-        squares = loc.new_zeros(num_samples, inputs)
+        column, group = column.unique(return_inverse=True)
+        squares = loc.new_zeros(num_samples, len(column))
         for row, draw in zip(squares, _draws(guide, place, num_samples), strict=True):
-            row.index_add_(0, column, draw.square())
+            row.index_add_(0, group, draw.square())
         norms = squares.sqrt_()
-        ends = [norms.quantile(q, 0) for q in ((1 - level) / 2, (1 + level) / 2)]
-        parts = [each[column] for each in (norms.mean(0), norms.std(0), *ends)]
+        some = norms.split(10**7 // num_samples + 1, 1)  # quantile() has a limit
+        low, high = (
+            torch.cat([each.quantile(q, 0) for each in some])
+            for q in ((1 - level) / 2, (1 + level) / 2)
+        )
+        parts = [norms.mean(0), norms.std(0), low, high]
     mean, sd, low, high = (loc.new_zeros(inputs).index_copy(0, column, part) for part in parts)
     names = [str(i) for i in range(inputs)] if names is None else names
     return Effects(names, count, mean, sd, low, high, level)

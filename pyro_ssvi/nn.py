@@ -144,7 +144,8 @@ class Bayesianized(nn.Module):
         return self._filled({key: values[name] for name, key in keys.items()})
 
     def with_sparse_weights(self, guide: AutoSparseGuide) -> SparseNetwork:
-        """A copy of the network with a posterior's mean weights, which stay sparse.
+        """A copy of the network with a posterior's mean weights (of a constrained one, the
+        median), which stay sparse.
 
         :param guide: of a model with this network.
         :raises ValueError: if it lacks some of the network's weights, or has other shapes.
@@ -152,11 +153,14 @@ class Bayesianized(nn.Module):
         self._refuse_lacking(guide.active_sets)
         with torch.no_grad():
             loc, _ = guide.marginals(*guide.flat_parameters())
-        parts = dict(zip(guide.active_sets, guide.split(loc), strict=True))
+        parts = {
+            site.name: value if site.transform is None else site.transform(value.view(site.shape))
+            for site, (value,) in zip(guide.sites, guide.split(loc), strict=True)
+        }
         dense, sparse = {}, {}
         for key, shape in self.shapes.items():
             active = guide.active_sets[f"{self.name}.{key}"]
-            (values,) = parts[f"{self.name}.{key}"]
+            values = parts[f"{self.name}.{key}"]
             if active.is_full:
                 dense[key] = values.reshape(shape)
             else:

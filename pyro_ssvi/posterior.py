@@ -34,6 +34,7 @@ __all__ = [
     "module_state",
     "own_state",
     "put_own",
+    "refuse_another",
 ]
 
 #: The guides that a file can be of; a subclass comes before its base.
@@ -61,8 +62,11 @@ def export(svi: SSVI, path: str | os.PathLike, dtype: torch.dtype | None = None)
 def guide_state(guide: Any, dtype: torch.dtype | None = None) -> dict[str, Any]:
     """A posterior as plain data, for :func:`guide_of`; raises as :func:`export`."""
     kind: Any = next((kind for kind in KINDS if isinstance(guide, kind)), None)
-    # One with parameters of its own would come back without them.
-    if kind is None or type(guide).parameter_constraints is not kind.parameter_constraints:
+    # One with a posterior of its own would come back as another.
+    if kind is None or any(
+        getattr(type(guide), name) is not getattr(kind, name)
+        for name in ("parameter_constraints", "site_posterior", "forward")
+    ):
         raise ValueError(
             f"expected one of {[kind.__name__ for kind in KINDS]}, got "
             f"{type(guide).__name__}: use svi.save()"
@@ -151,12 +155,9 @@ def load_posterior(
         guide, values = _new_guide(state, model)
         for entry in state["store"].values():
             read_constraint(entry["constraint"])
-        ours = model.state_dict() if isinstance(model, nn.Module) else {}
-        differences = _differences(state["model"], ours)
+        refuse_another(state, model, path)
     except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from error
-    if isinstance(model, nn.Module) and differences:
-        raise ValueError(f"{path} is of another model: " + "; ".join(differences))
     guide.load_state_dict(values)
     put_own(state, model)
     return guide
@@ -177,7 +178,11 @@ def _new_guide(state: Mapping[str, Any], model: Callable) -> tuple[AutoSparseGui
     """A guide as yet without numbers, and its state."""
     rows = state["sites"]["sites"]
     sizes = {row["name"]: torch.Size(row["shape"]).numel() for row in rows}
-    densities = {row["name"]: row.get("initial_k", row["k"]) / sizes[row["name"]] for row in rows}
+    densities = {  # a site without elements is dense
+        row["name"]: row.get("initial_k", row["k"]) / sizes[row["name"]]
+        for row in rows
+        if sizes[row["name"]]
+    }
     structures = {row["name"]: read_structure(row.get("structure")) for row in rows}
     structures = {name: each for name, each in structures.items() if each is not None}
     kinds: dict[str, Any] = {kind.__name__: kind for kind in KINDS}
@@ -194,8 +199,14 @@ def _new_guide(state: Mapping[str, Any], model: Callable) -> tuple[AutoSparseGui
     return guide, {**values, "indices": indices, "_extra_state": state["sites"]}
 
 
-def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """What keeps a module's state from another: it would be loaded in part before it failed."""
+def refuse_another(state: Mapping[str, Any], model: Callable, path: str | os.PathLike) -> None:
+    """Compare parameters and buffers: they would be loaded in part before that failed.
+
+    :raises ValueError: if those of the model are others.
+    """
+    if not isinstance(model, nn.Module):
+        return
+    theirs, ours = state["model"], model.state_dict()
     lines = []
     for key in dict.fromkeys([*theirs, *ours]):
         was, has = (
@@ -204,7 +215,8 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
         )
         if was != has:
             lines.append(f"{key!r}: saved as {was}, here it is {has}")
-    return lines
+    if lines:
+        raise ValueError(f"{path} is of another model: " + "; ".join(lines))
 
 
 def put_own(state: Mapping[str, Any], model: Callable) -> None:

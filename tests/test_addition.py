@@ -1,8 +1,11 @@
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import Trace_ELBO
 
-from pyro_ssvi import ActiveSet
-from pyro_ssvi.addition import Gradient, Random, addition_criterion
+from pyro_ssvi import SSVI, ActiveSet, AutoSparseNormal, ConstantSchedule
+from pyro_ssvi.addition import Addition, Gradient, Random, addition_criterion
 from pyro_ssvi.gradient_record import GradientRecord
 
 
@@ -145,3 +148,33 @@ def test_sampled_where_the_gradient_is_not_finite_or_0(setting, sampled):
     record.add_dense(active, torch.full((6, 5), float("nan")))
     with pytest.raises(FloatingPointError, match="not finite"):
         Gradient(sampled=sampled).choose(active, 4, record)
+
+
+class Last(Addition):
+    """The last inactive coordinates, whatever the gradients."""
+
+    def propose(self, active, m, record, compare=None, room=None):
+        inactive = (~active.mask).flatten().nonzero().squeeze(-1)
+        return inactive[-m:], torch.ones(m)
+
+
+@pytest.mark.parametrize("batches", [0, 1])
+def test_a_criterion_of_one_s_own(batches):
+    """With gradients or without."""
+
+    def model():
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([4, 6]).to_event(2))
+        pyro.sample("obs", dist.Normal((w @ torch.ones(6)).sum(), 1.0), obs=torch.tensor(1.0))
+
+    addition = Last()
+    addition.batches = batches
+    guide = AutoSparseNormal(model, density=0.25)
+    schedule = ConstantSchedule(every=1, fraction=0.5, stop=2)
+    options = {"addition": addition, "schedule": schedule}
+    svi = SSVI(model, guide, pyro.optim.Adam({}), Trace_ELBO(), **options)
+    guide()
+    before = guide.active_sets["w"]
+    svi.step()
+    added = set(guide.active_sets["w"].indices.tolist()) - set(before.indices.tolist())
+    inactive = (~before.mask).flatten().nonzero().squeeze(-1)
+    assert added == set(inactive[-3:].tolist())

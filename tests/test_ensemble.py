@@ -247,3 +247,29 @@ def test_what_is_refused(tmp_path):
     svi.step(X, Y)
     with pytest.raises(ValueError, match=r"AutoSparseNormal.*got AutoGuideList"):
         ensemble.add(svi)
+
+
+def test_a_damaged_file_and_another_module(tmp_path):
+    FILES.write(tmp_path / "damaged", {"version": 1})
+    with pytest.raises(ValueError, match="is damaged: KeyError"):
+        load_ensemble(tmp_path / "damaged", plain_model)
+    svi = trained(Regression(), steps=2)
+    ensemble = Ensemble(svi.model.model)
+    ensemble.add(svi)
+    ensemble.save(tmp_path / "a.ensemble")
+    other = Regression()
+    other.register_buffer("more", torch.zeros(2))
+    with pytest.raises(ValueError, match="another model: 'more': saved as None"):
+        load_ensemble(tmp_path / "a.ensemble", other)
+
+
+def test_parameters_that_only_members_have_do_not_stay(tmp_path):
+    svi = trained(model, steps=2)
+    ensemble = Ensemble(model)
+    ensemble.add(svi)
+    ensemble.save(tmp_path / "a.ensemble")
+    pyro.clear_param_store()
+    loaded = load_ensemble(tmp_path / "a.ensemble", model)
+    bias = SparsePredictive(lambda x: pyro.param("bias"), loaded, 2, ["_RETURN"])(X)["_RETURN"]
+    assert torch.equal(bias, ensemble._own[0]["store"]["bias"]["value"].exp().expand(2))
+    assert not list(pyro.get_param_store())

@@ -38,6 +38,29 @@ def made(kind=AutoSparseNormal, density=0.5, **options):
 # Effects
 
 
+def test_memory_is_that_of_inputs_with_active_weights():
+    def wide(x=None):
+        pyro.sample("w", dist.Normal(0.0, 1.0).expand([3, 10**6]).to_event(2))
+
+    guide = AutoSparseNormal(wide, density=1e-4)
+    guide()
+    active = guide.active_sets["w"].indices % 10**6
+    table = effects(guide, "w", num_samples=30_000)  # of all inputs, 120 GB
+    assert int((table.active > 0).sum()) == len(active.unique())
+    assert (table.mean[active] > 0).all()
+    assert (table.low[active] < table.high[active]).all()
+
+
+def test_a_number_has_no_inputs():
+    def number(x=None):
+        pyro.sample("shift", dist.Normal(0.0, 1.0))
+
+    guide = AutoSparseNormal(number)
+    guide()
+    with pytest.raises(ValueError, match=r"real-valued sites \[\], got 'shift'"):
+        effects(guide, "shift")
+
+
 def test_of_one_weight_it_is_the_weight():
     guide = made(density={"v": 0.5}, init_scale=0.3)
     with torch.no_grad():

@@ -177,6 +177,17 @@ def test_a_guide_that_has_not_seen_data(tmp_path):
         trained(steps=0).export(tmp_path / "a.posterior")
 
 
+def test_a_site_without_elements(tmp_path):
+    def empty(x, y=None):
+        pyro.sample("none", dist.Normal(0.0, 1.0).expand([0, 3]).to_event(2))
+        return model(x, y)
+
+    trained(empty, steps=2).export(tmp_path / "a.posterior")
+    pyro.clear_param_store()
+    guide = load_posterior(tmp_path / "a.posterior", empty)
+    assert guide(X)["none"].shape == (0, 3)
+
+
 def test_a_checkpoint_is_none(tmp_path):
     trained().save(tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match=r"is not a pyro_ssvi posterior: .* is for svi.load\(\)"):
@@ -337,6 +348,19 @@ def test_a_sparse_network_with_convolutions_an_embedding_and_a_shared_weight():
     assert list(sparse.table) == ["table.weight", "conv.weight", "first.weight"]
     with forbid_materialise():
         torch.testing.assert_close(sparse(i), net.with_weights(guide.median())(i))
+
+
+def test_a_sparse_network_with_constrained_weights():
+    def prior(name, shape):
+        family = dist.LogNormal if name == "bias" else dist.Normal
+        return family(0.0, 1.0).expand(shape).to_event(len(shape))
+
+    net = bayesianize(nn.Linear(12, 3), prior)
+    guide = AutoSparseNormal(net, density=0.25)
+    guide(X)
+    sparse = net.with_sparse_weights(guide)
+    assert (sparse.module.bias > 0).all()
+    torch.testing.assert_close(sparse(X), net.with_weights(guide.median())(X))
 
 
 def test_a_guide_without_the_networks_weights():

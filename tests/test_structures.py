@@ -430,6 +430,38 @@ def test_warm_start_takes_the_best_units(structure):
         assert torch.equal(svi.guide.median()[name][active.mask], value[active.mask])
 
 
+@pytest.mark.parametrize("structure", [Tiles(2, 4), NM(1, 4)])
+def test_warm_start_keeps_its_own_where_the_source_has_fewer(structure):
+    svi = make(structure)
+    svi.guide.set_up(x, y)
+    own = {name: active.indices for name, active in svi.guide.active_sets.items()}
+    value = torch.zeros(8, 12)
+    value[4, 5] = 1.0
+    svi.guide.warm_start({"w0": value}, x, y)
+    active = svi.guide.active_sets["w0"]
+    assert active.mask[4, 5]
+    moved = int(torch.isin(active.indices, own["w0"], invert=True).sum())
+    assert moved <= math.prod(active.tile)
+    torch.testing.assert_close(svi.guide.median()["w0"], value)
+
+
+@pytest.mark.parametrize("density", [0.8, {"w0": 0.8, "w1": 0.8}])
+def test_tiles_that_come_to_all_of_a_site(density, tmp_path):
+    """Such a site is dense: it has no structure, here or in a file."""
+    structure = Tiles(None, None)
+    svi = make(structure, density=density)
+    svi.step(x, y)
+    assert all(active.is_full for active in svi.guide.active_sets.values())
+    svi.save(tmp_path / "a.ckpt")
+    svi.export(tmp_path / "a.posterior")
+    expected = svi.step(x, y)
+    pyro.clear_param_store()
+    load_posterior(tmp_path / "a.posterior", net)(x)
+    again = make(structure, density=density)
+    again.load(tmp_path / "a.ckpt")
+    assert again.step(x, y) == expected
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [

@@ -74,7 +74,10 @@ def _take_structured(site: Site, start: Start, own: Tensor, loc: Tensor, scale: 
     """As :func:`_take`, for a site whose coordinates are active together."""
     assert site.structure is not None
     score = start.loc.abs() if start.scale is None else start.loc.abs() / start.scale
-    chosen = site.structure.best(_whole(site, start, score).reshape(site.shape), site.k)
+    whole = _whole(site, start, score)
+    if start.indices is not None:
+        whole[own] += torch.finfo(whole.dtype).tiny  # its own before others without a value
+    chosen = site.structure.best(whole.reshape(site.shape), site.k)
     loc.copy_(_whole(site, start, start.loc)[chosen])
     if start.scale is not None:
         known = _whole(site, start, start.scale)[chosen]
