@@ -79,7 +79,7 @@ def turnover(history: Sequence[Mapping[str, ActiveSet]], ax: Axes | None = None)
     sparse = [name for name, active in history[-1].items() if not active.is_full]
     for name, colour, marker in zip(sparse, cycle(COLOURS), cycle(MARKERS), strict=False):
         overlaps = [100 * each[name] for each in kept]
-        ax.plot(overlaps, marker=marker, ms=4, label=name, color=colour)
+        ax.plot(overlaps, marker=marker, ms=5, label=name, color=colour)
     ax.legend(frameon=False)
     ax.set_ylim(0, 103)
     ax.locator_params(axis="x", integer=True)
@@ -246,7 +246,7 @@ def reliability(
         ax.plot([0, 1], [0, 1], color=GREY, lw=1)
     curve = len(ax.lines) - 1  # besides the diagonal
     colour, marker = COLOURS[curve % len(COLOURS)], MARKERS[curve % len(MARKERS)]
-    ax.plot(x, y, marker=marker, ms=4, label=label, color=colour)
+    ax.plot(x, y, marker=marker, ms=5, label=label, color=colour)
     if label is not None:
         ax.legend(frameon=False)
     return _finish(ax, title="Reliability", xlabel="confidence", ylabel="accuracy")
