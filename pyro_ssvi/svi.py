@@ -32,7 +32,7 @@ from torch import Tensor
 
 from . import checkpoint, posterior
 from .active_set import ActiveSet
-from .addition import Addition, Evidence, Gradient, Random, addition_criterion, choose_from
+from .addition import Addition, Evidence, Gradient, addition_criterion, choose_from
 from .allocation import Compare, Room, check_allocation, depart, fill
 from .criteria import removal_criterion
 from .distributions import SparseNormal, SubspaceMessenger, elementwise_base, taken
@@ -187,7 +187,7 @@ class SSVI(SVI):
             raise ValueError("removal='evidence' needs a posterior, and AutoSparseDelta has none")
         if isinstance(self.addition, Evidence) and getattr(loss, "num_particles", 1) > 1:
             raise ValueError("addition='evidence' needs a loss with one particle")
-        structured = any(part.structure is not None for part in self.guides)
+        structured = any(part.structure for part in self.guides)  # not {}, that of a loaded one
         if structured and (allocation == "global" or isinstance(self.addition, Evidence)):
             raise ValueError(
                 "allocation='global' and addition='evidence' exchange single coordinates: leave "
@@ -222,7 +222,7 @@ class SSVI(SVI):
                 "the sleep phase of ReweightedWakeSleep draws from the prior, where a sparse "
                 f"guide has density 0: use insomnia=1.0, got {loss.insomnia!r}"
             )
-        if not isinstance(self.addition, Random):
+        if self.addition.batches:
             raise ValueError(
                 "ReweightedWakeSleep has no gradient in the weights, which it holds fixed: "
                 "use addition='random'"
@@ -338,7 +338,7 @@ class SSVI(SVI):
         """Record what an exchange without a step is decided by."""
         self._record = GradientRecord()
         with EvidenceMessenger(self._record) if self._needs_priors else nullcontext():
-            if not isinstance(self.addition, Random):
+            if self.addition.batches:
                 self._backward(args, kwargs, times=self.addition.samples)
             elif self._needs_priors:
                 self._backward(args, kwargs)
@@ -408,7 +408,6 @@ class SSVI(SVI):
 
     def _collect(self, stack: ExitStack, args: tuple, kwargs: dict) -> None:
         """Have the gradient of whole sites recorded, in the step itself where that will do."""
-        assert not isinstance(self.addition, Random)
         if self.addition.at == "sample":
             self._backward(args, kwargs, times=self.addition.samples - 1)
             stack.enter_context(self._record)
@@ -469,7 +468,7 @@ class SSVI(SVI):
         parts = guide.split(*guide.for_removal())
         for site, (loc, scale) in zip(guide.sites, parts, strict=True):
             active = guide.active_sets[site.name]
-            if not isinstance(self.addition, Random) and active not in record:
+            if self.addition.batches and active not in record:
                 continue  # the loss does not depend on this site: no coordinate promises anything
             if site.is_sparse:
                 loc, scale = loc.to(site.dtype), scale.to(site.dtype)

@@ -295,7 +295,7 @@ def make(structure, kind=AutoSparseNormal, density=0.25, every=10_000, **options
 @pytest.mark.parametrize("kind", GUIDES)
 @pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES)
 def test_training_keeps_the_structure_and_the_size(structure, kind):
-    svi = make(structure, kind, every=2)
+    svi = make(structure, kind, every=2, addition="sampled_gradient")
     svi.step(x, y)
     guide = svi.guide
     sizes = {name: len(active) for name, active in guide.active_sets.items()}

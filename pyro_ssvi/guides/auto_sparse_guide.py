@@ -231,7 +231,7 @@ class AutoSparseGuide(AutoGuide):
                 len(active),
                 frames,
                 None,
-                active.structure,
+                None if active.is_full else active.structure,
             )
             return site, value.values.detach()
         transform = None
@@ -477,7 +477,7 @@ class AutoSparseGuide(AutoGuide):
 
     def dense(self, site: Site, flat: Tensor) -> Tensor:
         """A dense site's part of a flat parameter in its shape; of what its plates choose."""
-        dense = flat.reshape(site.shape)
+        dense = flat.reshape(flat.shape[:-1] + site.shape)
         return pyro.subsample(dense, event_dim=site.event_dim) if site.frames else dense
 
     def exchange(self, moves: Mapping[str, Move], new_scale: float | str = "mean") -> Tensor:

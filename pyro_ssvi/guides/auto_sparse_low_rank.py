@@ -103,15 +103,19 @@ class AutoSparseLowRankMultivariateNormal(AutoSparseNormal):
         return self.normal(site, *self.marginals(loc, scale, cov_factor))
 
     def site_value(self, site: Site, value: Tensor) -> dist.TorchDistribution:
-        """One site, given its part of a draw of :meth:`joint`."""
-        return self.point(site, value, density=True)
+        """One site, given its part of a draw of :meth:`joint`, ``[k, ...]``."""
+        value = value.movedim(0, -1)
+        # Dimensions of vectorised particles or samples come before those of the site's plates.
+        plates = len(site.shape) - site.event_dim
+        extra = value.shape[:-1][: max(value.dim() - 1 - plates, 0)]
+        return self.point(site, value.reshape(*extra, site.k), density=True)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         plates, flat = self._begin(args, kwargs)
         # As in Pyro's joint guides: one site for all, and a point for each.
         name = f"_{self._pyro_name}_latent"
         draw = pyro.sample(name, self.joint(*flat), infer={"is_auxiliary": True})
-        return self._sample_sites(plates, self.site_value, draw)
+        return self._sample_sites(plates, self.site_value, draw.movedim(-1, 0))
 
     def saved_sites(self, state_dict: Mapping[str, Any], prefix: str = "") -> list[Site]:
         sites = super().saved_sites(state_dict, prefix)

@@ -204,7 +204,8 @@ def density_differences(
             share = density(site.name, site.shape) if callable(density) else density
         else:
             continue  # by default, or because it has to be: only the model can tell
-        k = count(site.structure, site.shape, share)
+        ours = structure_of(structure, site.name) if share < 1 else None
+        k = count(ours, site.shape, share)
         if k != site.initial_k:
             lines.append(
                 f"site {site.name!r}: saved with {site.initial_k} active of {tuple(site.shape)}, "
