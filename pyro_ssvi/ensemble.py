@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from .svi import SSVI
 
 __all__ = ["FILES", "Ensemble", "load_ensemble"]
+
+_NUMBERS = count()  # of members
 
 FILES = Format("pyro_ssvi ensemble", 1, "a file written by ensemble.save()")
 
@@ -63,7 +66,8 @@ class Ensemble(nn.Module):
         self._take({**guide_state(svi.guide), **own_state(svi)})
 
     def _take(self, state: Mapping[str, Any]) -> None:
-        name = f"Ensemble.{len(self)}"  # the parameter store may hold the trained guide's
+        # The parameter store may hold the trained guide's, and those of other ensembles.
+        name = f"Ensemble.{next(_NUMBERS)}"
         self.members.append(guide_of(state, self._model[0], name))
         self._own.append({"model": state["model"], "store": state["store"]})
 

@@ -273,3 +273,13 @@ def test_parameters_that_only_members_have_do_not_stay(tmp_path):
     bias = SparsePredictive(lambda x: pyro.param("bias"), loaded, 2, ["_RETURN"])(X)["_RETURN"]
     assert torch.equal(bias, ensemble._own[0]["store"]["bias"]["value"].exp().expand(2))
     assert not list(pyro.get_param_store())
+
+
+def test_members_of_two_ensembles_may_be_called():
+    """Which puts their parameters into the parameter store."""
+    for _ in range(2):
+        _, ensemble, _ = cycles(members=1)
+        assert SparsePredictive(plain_model, ensemble.members[0], 2)(X)["obs"].shape == (2, len(X))
+    _, other, _ = cycles(members=1)
+    for each in (ensemble, other):
+        assert SparsePredictive(plain_model, each.members[0], 2)(X)["obs"].shape == (2, len(X))
