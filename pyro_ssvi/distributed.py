@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import checkpoint, posterior
 from .active_set import ActiveSet
-from .addition import Evidence, Random
+from .addition import Evidence
 from .allocation import Compare
 from .errors import warn_caller
 from .exchange import best
@@ -277,7 +277,7 @@ class DistributedSSVI(SSVI):
         """One choice of all processes.
 
         Those leave that do in rank 0: with a criterion that draws they may be others. Of those
-        that are to come in any process, the best come.
+        that are to come in any process, the best come; without gradients, those of rank 0.
         """
         choices = super()._choices
         if self.world_size == 1:
@@ -291,7 +291,7 @@ class DistributedSSVI(SSVI):
                 record.discard(active)
         own = self._in_all("plan an exchange", lambda: choices(guide, share, record))
         removed = {name: self._of_first(choice.removed) for name, choice in own.items()}
-        if isinstance(self.addition, Random):
+        if not self.addition.batches:
             added = {name: choice.added for name, choice in own.items()}
         else:
             pools = {
