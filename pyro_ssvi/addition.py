@@ -184,7 +184,9 @@ class Gradient(Addition):
 
 def race(scores: Tensor) -> Tensor:
     """Speeds of an exponential race: the first ``n`` are ``n`` draws in proportion to scores."""
-    return scores / torch.empty_like(scores).exponential_().clamp_(min=1e-20)
+    # Half precision has no such small times.
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    return scores / torch.empty_like(scores, dtype=dtype).exponential_().clamp_(min=1e-20)
 
 
 @dataclass(frozen=True)
@@ -244,7 +246,8 @@ class Evidence(Addition):
         room: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The ``m`` best inactive coordinates and their gains in nats."""
-        return top_inactive(active, m, lambda a, b: self.gains(active, a, b, record), room=room)
+        gains = partial(self.gains, active, record=record)
+        return top_inactive(active, m, lambda a, b: compare(gains(a, b)), room=room)
 
     def gains(self, active: ActiveSet, start: int, stop: int, record: GradientRecord) -> Tensor:
         """The gains of these rows of the site's matrix."""

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from pyro_ssvi import ActiveSet
-from pyro_ssvi.addition import Gradient, Random, addition_criterion, choose_from
+from pyro_ssvi.addition import Gradient, Random, addition_criterion, choose_from, race
 from pyro_ssvi.gradient_record import GradientRecord
 
 
@@ -151,3 +151,10 @@ def test_sampled_where_the_gradient_is_not_finite_or_0(setting, sampled):
     record.add_dense(active, torch.full((6, 5), float("nan")))
     with pytest.raises(FloatingPointError, match="not finite"):
         choose(Gradient(sampled=sampled), active, 4, record)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_race_in_any_precision(dtype):
+    speeds = race(torch.full((10**6,), 10.0, dtype=dtype))
+    assert speeds.isfinite().all()
+    assert speeds.unique().numel() > 10**5

@@ -582,14 +582,14 @@ def test_an_exchange_that_fails_leaves_no_gradients():
     def model(x, y=None):
         calls.append(1)
         if len(calls) == fails:
-            raise OSError
+            raise OSError("cannot read")
         return bnn(x, y)
 
     fails = 0
     _, svi = make(model=model, addition=Gradient(samples=2))
     svi.step(x, y)
     fails = len(calls) + 2
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="cannot read"):
         svi.exchange(x, y, share=0.3)
     assert len(calls) == fails
     assert svi.state_dict()["record"] == []
