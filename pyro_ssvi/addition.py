@@ -24,8 +24,9 @@ __all__ = ["Addition", "Evidence", "Gradient", "Random", "addition_criterion"]
 class Addition:
     """A criterion. Its subclasses say how inactive coordinates, or tiles of them, compare.
 
-    :ivar batches: from how many steps before an exchange it wants gradients recorded; with 0 it
-        does without.
+    One that wants gradients has :meth:`read` and :meth:`scores_at`, too, for several processes.
+
+    :ivar batches: from how many steps before an exchange it wants gradients recorded; 0 for none.
     :ivar samples: how many draws each of them takes; all but the step's own cost a pass.
     :ivar at: ``"sample"``, or ``"mean"`` for a pass with q at its mean.
     """
@@ -55,17 +56,6 @@ class Addition:
         """
         raise NotImplementedError
 
-    def choose(
-        self, active: ActiveSet, n: int, record: GradientRecord, room: Tensor | None = None
-    ) -> Tensor:
-        """``n`` inactive units of a site, as flat indices.
-
-        :raises FloatingPointError: if one of the ``n`` largest scores is not finite.
-        """
-        return choose_from(
-            self, n, lambda m, compare: self.propose(active, m, record, compare, room), room
-        )
-
     def read(self, active: ActiveSet, indices: Tensor, record: GradientRecord) -> Tensor:
         """What scores are computed from, at sorted flat indices of coordinates: sums that processes
         average, ``[..., n]``."""
@@ -92,7 +82,12 @@ def choose_from(
     propose: Callable[[int, Compare], tuple[Tensor, Tensor]],
     room: Tensor | None = None,
 ) -> Tensor:
-    """``n`` units of one site, of those that ``propose(m, compare)`` gives."""
+    """``n`` inactive units of one site, as flat indices.
+
+    :param propose: ``propose(m, compare)`` gives the ``m`` best, as :meth:`Addition.propose`.
+    :param room: as there.
+    :raises FloatingPointError: if one of the ``n`` largest scores is not finite.
+    """
     rounds = criterion.rounds(n)
     if room is not None and len(rounds) > 1:
         rounds = [(n, as_they_are)]  # what one round leaves of a group is too little for another
@@ -189,14 +184,14 @@ class Gradient(Addition):
 
 def race(scores: Tensor) -> Tensor:
     """Speeds of an exponential race: the first ``n`` are ``n`` draws in proportion to scores."""
-    return scores / torch.empty_like(scores).exponential_().clamp_(min=1e-20)
+    # Half precision has no such small times.
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    return scores / torch.empty_like(scores, dtype=dtype).exponential_().clamp_(min=1e-20)
 
 
 @dataclass(frozen=True)
 class Random(Addition):
     """Add inactive coordinates drawn uniformly, as SET does."""
-
-    batches: int = 0
 
     def propose(
         self,
@@ -251,7 +246,8 @@ class Evidence(Addition):
         room: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The ``m`` best inactive coordinates and their gains in nats."""
-        return top_inactive(active, m, lambda a, b: self.gains(active, a, b, record), room=room)
+        gains = partial(self.gains, active, record=record)
+        return top_inactive(active, m, lambda a, b: compare(gains(a, b)), room=room)
 
     def gains(self, active: ActiveSet, start: int, stop: int, record: GradientRecord) -> Tensor:
         """The gains of these rows of the site's matrix."""

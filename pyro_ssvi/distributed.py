@@ -277,7 +277,7 @@ class DistributedSSVI(SSVI):
         """One choice of all processes.
 
         Those leave that do in rank 0: with a criterion that draws they may be others. Of those
-        that are to come in any process, the best come.
+        that are to come in any process, the best come; without gradients, those of rank 0.
         """
         choices = super()._choices
         if self.world_size == 1:

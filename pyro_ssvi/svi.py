@@ -32,7 +32,7 @@ from torch import Tensor
 
 from . import checkpoint, posterior
 from .active_set import ActiveSet
-from .addition import Addition, Evidence, Gradient, addition_criterion, choose_from
+from .addition import Addition, Evidence, addition_criterion, choose_from
 from .allocation import Compare, Room, check_allocation, depart, fill
 from .criteria import removal_criterion
 from .distributions import SparseNormal, SubspaceMessenger, elementwise_base, taken
@@ -193,8 +193,7 @@ class SSVI(SVI):
                 "allocation='global' and addition='evidence' exchange single coordinates: leave "
                 "out structure="
             )
-        at_mean = isinstance(self.addition, Gradient) and self.addition.at == "mean"
-        if at_mean and getattr(loss, "vectorize_particles", False):
+        if self.addition.at == "mean" and getattr(loss, "vectorize_particles", False):
             raise ValueError(
                 "Gradient(at='mean') has one value of the weights for all particles: use a loss "
                 "without vectorize_particles"
@@ -331,17 +330,19 @@ class SSVI(SVI):
             share = self.schedule.share(self.steps)
         elif not 0 <= share <= 1:
             raise ValueError(f"expected a share in [0, 1], got {share!r}")
-        self._look(args, kwargs)
+        try:
+            self._look(args, kwargs)
+        except BaseException:
+            self._record = GradientRecord()  # what there is so far is no part of another exchange
+            raise
         return self._exchange(share, optim)
 
     def _look(self, args: tuple, kwargs: dict) -> None:
         """Record what an exchange without a step is decided by."""
         self._record = GradientRecord()
         with EvidenceMessenger(self._record) if self._needs_priors else nullcontext():
-            if self.addition.batches:
+            if self.addition.batches or self._needs_priors:
                 self._backward(args, kwargs, times=self.addition.samples)
-            elif self._needs_priors:
-                self._backward(args, kwargs)
 
     @property
     def _needs_priors(self) -> bool:
@@ -419,8 +420,7 @@ class SSVI(SVI):
     ) -> None:
         """Record gradients of one batch, and leave none with the parameters."""
         record = self._record if record is None else record
-        at_mean = isinstance(self.addition, Gradient) and self.addition.at == "mean"
-        guide = _AtMean()(self.guide) if at_mean else self.guide
+        guide = _AtMean()(self.guide) if self.addition.at == "mean" else self.guide
         capture = poutine.trace(param_only=True)
         try:
             with capture, record:

@@ -5,8 +5,21 @@ import torch
 from pyro.infer import Trace_ELBO
 
 from pyro_ssvi import SSVI, ActiveSet, AutoSparseNormal, ConstantSchedule
-from pyro_ssvi.addition import Addition, Gradient, Random, addition_criterion
+from pyro_ssvi.addition import (
+    Addition,
+    Gradient,
+    Random,
+    addition_criterion,
+    choose_from,
+    race,
+)
 from pyro_ssvi.gradient_record import GradientRecord
+
+
+def choose(criterion, active, n, record):
+    return choose_from(
+        criterion, n, lambda m, compare: criterion.propose(active, m, record, compare)
+    )
 
 
 @pytest.fixture
@@ -21,13 +34,13 @@ def setting():
 def test_gradient_takes_the_largest_inactive(setting):
     active, record, gradient = setting
     score = gradient.abs().masked_fill(active.mask, -1).flatten()
-    added = Gradient().choose(active, 4, record)
+    added = choose(Gradient(), active, 4, record)
     assert set(added.tolist()) == set(score.topk(4).indices.tolist())
 
 
 def test_a_callable_scores_the_gradient(setting):
     active, record, gradient = setting
-    added = addition_criterion(lambda gradient: -gradient).choose(active, 4, record)
+    added = choose(addition_criterion(lambda gradient: -gradient), active, 4, record)
     score = (-gradient).masked_fill(active.mask, -float("inf")).flatten()
     assert set(added.tolist()) == set(score.topk(4).indices.tolist())
 
@@ -37,14 +50,14 @@ def test_gradient_that_is_not_finite(setting, bad):
     active, record, _ = setting
     record.add_dense(active, torch.full((6, 5), bad))
     with pytest.raises(FloatingPointError, match="not finite"):
-        Gradient().choose(active, 4, record)
+        choose(Gradient(), active, 4, record)
 
 
 def test_random_is_uniform_over_the_inactive():
     active = ActiveSet(torch.tensor([1, 3]), (2, 4))
     counts = torch.zeros(8)
     for _ in range(3000):
-        counts[Random().choose(active, 2, GradientRecord())] += 1
+        counts[choose(Random(), active, 2, GradientRecord())] += 1
     assert (counts[[1, 3]] == 0).all()
     deviation = (counts[[0, 2, 4, 5, 6, 7]] / 3000 - 1 / 3) / (2 / 9 / 3000) ** 0.5
     assert deviation.abs().max() < 4.5
@@ -54,7 +67,7 @@ def test_random_is_uniform_over_the_inactive():
 def test_scores_of_another_shape_or_dtype(setting, score):
     active, record, _ = setting
     with pytest.raises(ValueError, match="expected floats of shape"):
-        Gradient(score=score).choose(active, 3, record)
+        choose(Gradient(score=score), active, 3, record)
 
 
 @pytest.mark.parametrize("spec", [["gradient"], Gradient, None])
@@ -90,7 +103,7 @@ def test_sampled_is_in_proportion_to_the_score():
     record.add_dense(active, gradient)
     n, counts = 4000, torch.zeros(6)
     for _ in range(n):
-        counts[Gradient(sampled=1.0).choose(active, 1, record)] += 1
+        counts[choose(Gradient(sampled=1.0), active, 1, record)] += 1
     p = torch.tensor([1.0, 0.0, 2.0, 0.0, 3.0, 4.0]) / 10
     deviation = (counts / n - p) / (p * (1 - p) / n).sqrt().clamp(min=1e-9)
     assert deviation.abs().max() < 4.5
@@ -100,7 +113,7 @@ def test_sampled_is_without_replacement_and_by_blocks(setting, monkeypatch):
     active, record, _ = setting
     monkeypatch.setattr("pyro_ssvi.exchange.BLOCK_BYTES", 40)  # two rows
     for _ in range(50):
-        added = Gradient(sampled=1.0).choose(active, 10, record)
+        added = choose(Gradient(sampled=1.0), active, 10, record)
         assert len(added.unique()) == 10
         assert not torch.isin(added, active.indices).any()
 
@@ -113,7 +126,7 @@ def test_a_share_is_sampled_and_the_rest_are_the_largest(setting, monkeypatch, b
     largest = set(score.topk(4).indices.tolist())
     others = set()
     for _ in range(60):
-        added = Gradient(sampled=0.5).choose(active, 7, record)  # 3 are drawn
+        added = choose(Gradient(sampled=0.5), active, 7, record)  # 3 are drawn
         assert len(added.unique()) == 7
         assert not torch.isin(added, active.indices).any()
         assert largest <= set(added.tolist())
@@ -127,7 +140,7 @@ def test_those_sampled_beside_the_largest_are_in_proportion_to_the_score():
     record.add_dense(active, torch.tensor([[1.0, 9.0, -2.0], [0.0, 3.0, -4.0]]))
     n, counts = 4000, torch.zeros(6)
     for _ in range(n):
-        counts[Gradient(sampled=0.5).choose(active, 2, record)] += 1
+        counts[choose(Gradient(sampled=0.5), active, 2, record)] += 1
     assert counts[5] == n
     p = torch.tensor([1.0, 0.0, 2.0, 0.0, 3.0]) / 6
     deviation = (counts[:5] / n - p) / (p * (1 - p) / n).sqrt().clamp(min=1e-9)
@@ -137,14 +150,14 @@ def test_those_sampled_beside_the_largest_are_in_proportion_to_the_score():
 def test_one_coordinate_alone_is_the_largest(setting):
     active, record, _ = setting
     for _ in range(20):
-        added = Gradient(sampled=0.5).choose(active, 1, record)
-        assert added.equal(Gradient().choose(active, 1, record))
+        added = choose(Gradient(sampled=0.5), active, 1, record)
+        assert added.equal(choose(Gradient(), active, 1, record))
 
 
 @pytest.mark.parametrize("sampled", [0.5, 1.0])
 def test_sampled_where_the_gradient_is_not_finite_or_0(setting, sampled):
     active, record, _ = setting
-    assert len(Gradient(sampled=sampled, score=torch.zeros_like).choose(active, 4, record)) == 4
+    assert len(choose(Gradient(sampled=sampled, score=torch.zeros_like), active, 4, record)) == 4
     record.add_dense(active, torch.full((6, 5), float("nan")))
     with pytest.raises(FloatingPointError, match="not finite"):
         Gradient(sampled=sampled).choose(active, 4, record)
@@ -178,3 +191,11 @@ def test_a_criterion_of_one_s_own(batches):
     added = set(guide.active_sets["w"].indices.tolist()) - set(before.indices.tolist())
     inactive = (~before.mask).flatten().nonzero().squeeze(-1)
     assert added == set(inactive[-3:].tolist())
+        choose(Gradient(sampled=sampled), active, 4, record)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_race_in_any_precision(dtype):
+    speeds = race(torch.full((10**6,), 10.0, dtype=dtype))
+    assert speeds.isfinite().all()
+    assert speeds.unique().numel() > 10**5

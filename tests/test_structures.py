@@ -21,7 +21,7 @@ from pyro_ssvi import (
     forbid_materialise,
     load_posterior,
 )
-from pyro_ssvi.addition import Gradient, Random
+from pyro_ssvi.addition import Gradient, Random, choose_from
 from pyro_ssvi.densities import Uniform
 from pyro_ssvi.exchange import (
     best,
@@ -113,8 +113,14 @@ def test_an_exchange_keeps_the_structure(active, share, data):
     removed = weakest(active, torch.randn(len(active)), n)
     record = GradientRecord()
     record.add_dense(active, torch.randn(active.shape))
-    criterion = data.draw(st.sampled_from([Gradient(), Gradient(sampled=True), Random()]))
-    added = criterion.choose(active, n, record, room(active, removed))
+    shares = [Gradient(sampled=share) for share in (0.0, 0.5, 1.0)]
+    criterion = data.draw(st.sampled_from([*shares, Random()]))
+    places = room(active, removed)
+
+    def propose(m, compare):
+        return criterion.propose(active, m, record, compare, places)
+
+    added = choose_from(criterion, n, propose, places)
     assert len(removed.unique()) == len(added.unique()) == n
     assert not torch.isin(added, units.indices).any()
     move = swap(active, removed, added)

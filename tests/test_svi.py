@@ -28,7 +28,9 @@ from pyro_ssvi import (
     SubspaceModel,
     forbid_materialise,
 )
-from pyro_ssvi.addition import Gradient
+from pyro_ssvi.addition import Addition, Gradient
+from pyro_ssvi.allocation import as_they_are
+from pyro_ssvi.exchange import top_inactive
 from pyro_ssvi.gradient_record import GradientRecord
 
 x, y = torch.randn(20, 12), torch.randn(20)
@@ -546,6 +548,51 @@ def test_it_learns_and_finds_the_support():
 
 
 # Bad input
+
+
+class FirstColumns(Addition):
+    """Add as far to the left as there is room."""
+
+    def propose(self, active, m, record, compare=as_they_are, room=None):
+        columns = -torch.arange(active.units.matrix_shape[1], dtype=torch.float32)
+        return top_inactive(active, m, lambda a, b: compare(columns.repeat(b - a, 1)), room=room)
+
+
+@pytest.mark.parametrize("batches", [0, 1])
+@pytest.mark.parametrize("allocation", ["per_site", "global"])
+def test_addition_of_your_own(batches, allocation):
+    """With and without a gradient, which it need not look at."""
+    kind = type("Own", (FirstColumns,), {"batches": batches})
+    guide, svi = make(0.3, addition=kind(), allocation=allocation, removal=lambda loc, _: loc)
+    svi.step(x, y)
+    before = guide.active_sets["w0"].mask
+    n = svi.exchange(x, y, share=0.5)["w0"]
+    free = ~before
+    new = guide.active_sets["w0"].mask & free
+    assert new.sum() == n > 0
+    last = int(new.any(0).nonzero().max())
+    assert torch.equal(new[:, :last], free[:, :last])
+    svi.schedule = ConstantSchedule(every=1)
+    svi.step(x, y)
+
+
+def test_an_exchange_that_fails_leaves_no_gradients():
+    calls = []
+
+    def model(x, y=None):
+        calls.append(1)
+        if len(calls) == fails:
+            raise OSError("cannot read")
+        return bnn(x, y)
+
+    fails = 0
+    _, svi = make(model=model, addition=Gradient(samples=2))
+    svi.step(x, y)
+    fails = len(calls) + 2
+    with pytest.raises(OSError, match="cannot read"):
+        svi.exchange(x, y, share=0.3)
+    assert len(calls) == fails
+    assert svi.state_dict()["record"] == []
 
 
 def test_unknown_criteria_list_the_known_ones():
