@@ -18,6 +18,7 @@ from .distributions import SubspaceMessenger, taken
 from .evidence import removal_gain
 from .exchange import rows_at_once
 from .gradient_record import GradientRecord
+from .guides import AutoSparseDelta
 from .model_messages import EvidenceMessenger
 from .random_state import leaving_no_trace
 
@@ -140,7 +141,10 @@ def evidence_support(svi: SSVI, batches: Iterable[tuple]) -> dict[str, Support]:
     :param svi: in training, or trained; nothing in it changes. Its guide has a posterior, and its
         sparse sites have normal priors around 0.
     :param batches: arguments of the model; ten batches or more, or one of all data.
+    :raises ValueError: for an :class:`~pyro_ssvi.AutoSparseDelta`, or another prior.
     """
+    if any(isinstance(guide, AutoSparseDelta) for guide in svi.guides):
+        raise ValueError("evidence_support needs a posterior, and AutoSparseDelta has none")
     record = GradientRecord()
     with leaving_no_trace():
         for args in batches:

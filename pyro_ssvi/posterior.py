@@ -204,9 +204,9 @@ def refuse_another(state: Mapping[str, Any], model: Callable, path: str | os.Pat
 
     :raises ValueError: if those of the model are others.
     """
+    theirs, ours = state["model"], module_state(model)
     if not isinstance(model, nn.Module):
         return
-    theirs, ours = state["model"], model.state_dict()
     lines = []
     for key in dict.fromkeys([*theirs, *ours]):
         was, has = (

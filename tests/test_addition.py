@@ -160,7 +160,7 @@ def test_sampled_where_the_gradient_is_not_finite_or_0(setting, sampled):
     assert len(choose(Gradient(sampled=sampled, score=torch.zeros_like), active, 4, record)) == 4
     record.add_dense(active, torch.full((6, 5), float("nan")))
     with pytest.raises(FloatingPointError, match="not finite"):
-        Gradient(sampled=sampled).choose(active, 4, record)
+        choose(Gradient(sampled=sampled), active, 4, record)
 
 
 class Last(Addition):
@@ -191,7 +191,6 @@ def test_a_criterion_of_one_s_own(batches):
     added = set(guide.active_sets["w"].indices.tolist()) - set(before.indices.tolist())
     inactive = (~before.mask).flatten().nonzero().squeeze(-1)
     assert added == set(inactive[-3:].tolist())
-        choose(Gradient(sampled=sampled), active, 4, record)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -37,7 +37,7 @@ from pyro_ssvi import (
 )
 from pyro_ssvi.active_set import ActiveSet
 from pyro_ssvi.addition import Random
-from pyro_ssvi.diagnostics import elbo_parts
+from pyro_ssvi.diagnostics import elbo_parts, evidence_support
 from pyro_ssvi.exchange import swap
 
 FAMILY = [AutoSparseNormal, AutoSparseDelta, AutoSparseLowRankMultivariateNormal]
@@ -279,7 +279,7 @@ def test_low_rank_does_better_than_independent_normals_on_correlated_inputs():
 def test_delta_removes_the_smallest_and_adds_the_largest_gradients():
     """RigL, by brute force."""
     guide = AutoSparseDelta(bnn, density=0.25)
-    svi = SSVI(bnn, guide, pyro.optim.SGD({"lr": 0.0}), Trace_ELBO())
+    svi = SSVI(bnn, guide, pyro.optim.SGD({"lr": 0.0}), Trace_ELBO(), addition="gradient")
     svi.step(x, y)
     before = guide.active_sets["w0"]
     dense = {name: value.requires_grad_() for name, value in guide.median().items()}
@@ -402,6 +402,13 @@ def test_the_parts_of_the_elbo_are_its_parts(family):
     parts = elbo_parts(bnn, svi.guide, x, y, num_particles=100)
     loss = sum(svi.evaluate_loss(x, y) for _ in range(100)) / 100
     assert parts.elbo == pytest.approx(-loss, abs=3.0)
+
+
+def test_a_point_has_no_support_by_evidence():
+    svi = make_svi(AutoSparseDelta)
+    svi.step(x, y)
+    with pytest.raises(ValueError, match="AutoSparseDelta has none"):
+        evidence_support(svi, [(x, y)])
 
 
 @pytest.mark.parametrize("family", FAMILY)
