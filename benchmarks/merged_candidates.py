@@ -56,7 +56,8 @@ def compared(svi: SSVI, share: float, batches: list[tuple[Tensor, Tensor]]) -> T
             return torch.stack([r.block(active, start, stop) for r in records]).mean(0).abs()
 
         best, scores = top_inactive(active, n, mean)
-        proposals = torch.cat([Gradient().choose(active, n, record) for record in records]).unique()
+        proposals = [Gradient().propose(active, n, record)[0] for record in records]
+        proposals = torch.cat(proposals).unique()
         chosen = read_at(active, proposals, mean).topk(n).values
         found = torch.isin(best, proposals).sum()
         total += torch.tensor([n, found, chosen.sum(), scores.sum()])
