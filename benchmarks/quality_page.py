@@ -79,6 +79,8 @@ def name(setting: Setting) -> str:
         return f"{grown}, {percent}" + (", temperature fitted" if setting.tempered else "")
     if setting.density == 1:
         return "dense, local reparameterisation"
+    if setting.method == "low-rank":
+        return f"SSVI {percent}, correlated"
     return f"SSVI {percent}"
 
 
@@ -245,6 +247,7 @@ def tables(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
         "lenet": lenet,
         "without_posterior": part("without_posterior", name),
         "criteria": part("criteria", difference),
+        "correlations": part("correlations", name),
         "allocation": part("allocation", exchanged),
         "evidence": part("evidence", exchanged),
         "exchanges": part("exchanges", difference),

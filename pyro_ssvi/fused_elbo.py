@@ -59,7 +59,7 @@ class FusedELBO:
         if subsampled or len({site.dtype for site in guide.sites}) > 1:
             raise NotFusedError
         self.loss, self.guide = loss, guide
-        self.closed_form = isinstance(loss, TraceMeanField_ELBO) and guide.mean_field
+        self.closed_form = isinstance(loss, TraceMeanField_ELBO)
         self._sizes: tuple[tuple[int, ...], Tensor] | None = None
 
     def __call__(
@@ -129,8 +129,12 @@ class FusedELBO:
                 stds.append(numbers[1])
                 continue
             q = posteriors.get(site.name)
-            if q is None and noise is not None:
-                q = guide.site_posterior(site, *part[1:3])
+            if q is None:
+                q = (
+                    guide.site_value(site, part[0])
+                    if noise is None
+                    else guide.site_posterior(site, *part[1:3])
+                )
             divergence = divergence + self._divergence(q, msg)
         if plain:
             sizes = tuple(len(part[0]) for part in plain)
@@ -189,15 +193,14 @@ class FusedELBO:
         return result + 0.5 * square
 
     def _divergence(self, q: Any, msg: Any) -> Tensor:
-        """The same for any site, as Pyro has it; ``q`` is ``None`` where its density counts 0."""
+        """The same for any site, as Pyro has it."""
         prior = SubspacePrior(msg["fn"]) if is_elementwise_real(msg["fn"]) else msg["fn"]
         if self.closed_form:
             try:
                 return kl_divergence(q, prior).sum()
             except NotImplementedError:
                 pass
-        own = 0.0 if q is None else q.log_prob(msg["value"]).sum()
-        return own - _log_prob(prior, msg).sum()
+        return q.log_prob(msg["value"]).sum() - _log_prob(prior, msg).sum()
 
 
 def _draw(guide: Any, flat: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | float, Tensor | None]:

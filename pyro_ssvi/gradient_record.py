@@ -143,6 +143,13 @@ class GradientRecord:
         self._parts: defaultdict[ActiveSet, list[Part]] = defaultdict(list)
         self._token: Token | None = None
 
+    def copy(self) -> GradientRecord:
+        """A record of the same, to which what is added here from now on is not added."""
+        other = GradientRecord()
+        other.priors, other.scales = dict(self.priors), list(self.scales)
+        other._parts.update({active: list(parts) for active, parts in self._parts.items()})
+        return other
+
     def __enter__(self) -> GradientRecord:
         self._token = _CURRENT.set(self)
         return self

@@ -259,7 +259,7 @@ class SSVI(SVI):
         """The loss of a step, and the parameters it uses, by name, with their gradients."""
         now = self.steps + 1
         feeds_exchange = any(self.schedule.due(now + i) for i in range(self.addition.batches))
-        capture = poutine.trace(param_only=True)
+        capture, before = poutine.trace(param_only=True), self._record.copy()
         try:
             with ExitStack() as stack:
                 if self._needs_priors and (feeds_exchange or self.schedule.due(now)):
@@ -270,6 +270,7 @@ class SSVI(SVI):
                     loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
         except BaseException:
             self._drop_gradients(_used(capture))
+            self._record = before
             raise
         return loss, _used(capture)
 

@@ -32,7 +32,7 @@ def test_an_exchange_is_done_whole_or_not_at_all(when, monkeypatch):
     for _ in range(3):
         svi.step(X, Y)
     before = guide.active_sets["w"], guide.loc.detach().clone()
-    name = {"deciding": "smallest", "changing": "carry_state"}[when]
+    name = {"deciding": "weakest", "changing": "carry_state"}[when]
     original = getattr(pyro_ssvi.svi, name)
 
     def interrupted(*args):
