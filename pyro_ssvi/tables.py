@@ -41,8 +41,14 @@ class Table:
 
     def _repr_html_(self) -> str:
         """For notebooks."""
-        head, *body = [[escape(cell) for cell in line] for line in self._lines()]
-        rows = ["".join(f"<td>{cell}</td>" for cell in line) for line in body]
-        heading = "".join(f"<th>{cell}</th>" for cell in head)
-        lines = "".join(f"<tr>{row}</tr>" for row in rows)
-        return f"<table><thead><tr>{heading}</tr></thead><tbody>{lines}</tbody></table>"
+
+        def row(tag: str, line: tuple[str, ...]) -> str:
+            numbers = ' style="text-align: right; padding-left: 1em"'
+            cells = enumerate(map(escape, line))
+            return "".join(
+                f"<{tag}{numbers * (i >= self.left)}>{cell}</{tag}>" for i, cell in cells
+            )
+
+        head, *body = self._lines()
+        lines = "".join(f"<tr>{row('td', line)}</tr>" for line in body)
+        return f"<table><thead><tr>{row('th', head)}</tr></thead><tbody>{lines}</tbody></table>"
