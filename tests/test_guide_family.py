@@ -18,6 +18,7 @@ from pyro.infer.autoguide import (
     init_to_value,
 )
 from pyro.poutine import block
+from test_auto_sparse_normal import bnn, x, y, zoo
 from torch.distributions import constraints
 
 from pyro_ssvi import (
@@ -41,34 +42,6 @@ from pyro_ssvi.diagnostics import elbo_parts, evidence_support
 from pyro_ssvi.exchange import swap
 
 FAMILY = [AutoSparseNormal, AutoSparseDelta, AutoSparseLowRankMultivariateNormal]
-x, y = torch.randn(20, 6), torch.randn(20)
-
-
-def bnn(x, y=None):
-    w0 = pyro.sample("w0", dist.Normal(0.0, 1.0).expand([8, 6]).to_event(2))
-    b0 = pyro.sample("b0", dist.Normal(0.0, 1.0).expand([8]).to_event(1))
-    w1 = pyro.sample("w1", dist.Normal(0.0, 1.0).expand([1, 8]).to_event(2))
-    sigma = pyro.sample("sigma", dist.HalfNormal(1.0))
-    mean = F.linear(F.linear(x, w0, b0).tanh(), w1).squeeze(-1)
-    with pyro.plate("data", len(x)):
-        return pyro.sample("obs", dist.Normal(mean, sigma), obs=y)
-
-
-def zoo(x):
-    """Every kind of support, plates and event dimensions."""
-    pyro.sample("real", dist.Normal(0.5, 2.0))
-    pyro.sample("matrix", dist.Normal(0.0, 1.0).expand([4, 3]).to_event(2))
-    pyro.sample("positive", dist.Gamma(2.0, 1.0).expand([3]).to_event(1))
-    pyro.sample("interval", dist.Beta(2.0, 3.0).expand([2, 2]).to_event(2))
-    pyro.sample("simplex", dist.Dirichlet(torch.ones(4)))
-    pyro.sample("cholesky", dist.LKJCholesky(3, 1.0))
-    pyro.sample("mvn", dist.MultivariateNormal(torch.zeros(2), torch.eye(2)))
-    with pyro.plate("groups", 3, dim=-2):
-        pyro.sample("weight", dist.Laplace(0.0, 1.0).expand([3, 1, 5]).to_event(1))
-        with pyro.plate("data", x.shape[-1], dim=-1):
-            local = pyro.sample("local", dist.Normal(0.0, 1.0))
-            pyro.sample("bounded", dist.Uniform(-1.0, 2.0))
-            pyro.sample("obs", dist.Normal(local, 1.0), obs=x)
 
 
 def make_svi(family, model=bnn, density=0.3, every=3, loss=None, lr=0.01):

@@ -60,20 +60,8 @@ class AutoSparseGuide(AutoGuide):
     data that ``obs_mask`` leaves out are dense, and so is everything at ``density=1``.
 
     :param model: a Pyro model.
-    :param density: share of active coordinates, in (0, 1]: a number for all sites that are
-        sparse by default; or a policy from :mod:`pyro_ssvi.densities`, which shares out the
-        active coordinates among them; or a mapping from names of sites (all others are dense; a
-        1-d site is sparse only if named here); or a ``callable(name, shape)``, asked about each
-        site that is sparse by default.
-    :param init_loc_fn: a per-site initialization function, see Pyro's autoguide documentation.
-        Pyro's own functions draw K numbers for a sparse site; any other gives a value of the
-        site's full shape once, of which the active entries are taken.
-    :param structure: what is active and exchanged as one, see :mod:`pyro_ssvi.structures`: of
-        every sparse site, or a mapping from names of some.
-    :param create_plates: as for AutoNormal.
-    :raises ValueError: at once for a density outside (0, 1]; at the first call for a name that
-        the model does not have, a site that cannot be sparse or have its structure, or one that
-        would get no active coordinates.
+    :param density: as for :class:`~pyro_ssvi.AutoSparseNormal`, as are the others.
+    :raises ValueError: as AutoSparseNormal.
     """
 
     loc: Tensor
