@@ -206,7 +206,7 @@ class ActiveSet:
         """Rows and columns of what an exchange moves as one."""
         return (1, 1) if self.structure is None else self.structure.tile(self.shape)
 
-    @cached_property
+    @property  # a cache that holds the set itself would keep it until garbage is collected
     def units(self) -> ActiveSet:
         """What an exchange moves: the active tiles, in the grid of all tiles, or coordinates."""
         return self if self.tile == (1, 1) else self.in_tiles(*self.tile).units

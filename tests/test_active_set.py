@@ -1,5 +1,6 @@
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -117,3 +118,13 @@ def test_draw_distinct_is_uniform(n, k):
 def test_draw_distinct_refuses_too_many():
     with pytest.raises(ValueError, match="cannot draw 3"):
         draw_distinct(4, 3, exclude=torch.tensor([0, 1]))
+
+
+def test_it_is_freed_with_its_last_use():
+    """An exchange makes new ones: memory must not wait for the garbage collector."""
+    active = ActiveSet(torch.tensor([1, 4]), (2, 3))
+    assert active.units.csr is not None
+    assert active.csr_t is not None
+    alive = weakref.ref(active)
+    del active
+    assert alive() is None

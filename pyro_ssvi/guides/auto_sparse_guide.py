@@ -480,28 +480,33 @@ class AutoSparseGuide(AutoGuide):
         """
         with torch.no_grad():
             loc, scales = self.marginals(*self._values())
-            sources, first, indices = [], [], []
-            start = 0
+            source = torch.empty(len(loc), dtype=torch.int64, device=loc.device)
+            first = torch.zeros_like(loc), torch.ones_like(scales)
+            indices = []
+            old = new = 0  # where the site's rows lie
             for site, (scale,) in zip(self.sites, self.split(scales), strict=True):
                 move = moves.get(site.name)
+                rows = slice(new, new + (site.k if move is None else len(move.indices)))
                 if move is None:
-                    sources.append(torch.arange(start, start + site.k, device=loc.device))
-                    first.append(torch.stack([torch.zeros_like(scale), torch.ones_like(scale)]))
+                    source[rows] = torch.arange(old, old + site.k, device=loc.device)
                 else:
-                    sources.append(torch.where(move.source < 0, -1, move.source + start))
-                    stays = scale[move.source[move.source >= 0]]
-                    start_scale = (stays if len(stays) else scale).mean()
-                    if not isinstance(new_scale, str):
-                        start_scale = torch.full_like(start_scale, new_scale)
-                    first.append(_first_marginals(move, start_scale))
+                    is_new = move.source < 0
+                    source[rows] = torch.where(is_new, -1, move.source + old)
+                    stays = scale[move.source[~is_new]]
+                    if isinstance(new_scale, str):
+                        first[1][rows] = (stays if len(stays) else scale).mean()
+                    else:
+                        first[1][rows] = new_scale
+                    for values, own in zip(first, move.first or (), strict=False):
+                        values[rows][is_new] = own.to(values)
                 if site.is_sparse:
                     active = self.active_sets[site.name]
                     indices.append(active.indices if move is None else move.indices)
-                start += site.k
-            source = torch.cat(sources)
-            assert len(source) == len(loc)
-            new = self.added(*torch.cat(first, -1))
-            for raw, value in zip(self.parameters_in_place(), self._raw(new), strict=True):
+                old, new = old + site.k, rows.stop
+            assert new == len(loc)
+            for raw, value in zip(
+                self.parameters_in_place(), self._raw(self.added(*first)), strict=True
+            ):
                 carry(raw, source, value)
             for site in self.sites:
                 if site.name in moves:
@@ -619,15 +624,3 @@ class AutoSparseGuide(AutoGuide):
         self._require_setup()
         row = sum(raw[:1].nbytes for raw in self.parameters_in_place())
         return Summary.of(self.active_sets, row, self.loc.element_size())
-
-
-def _first_marginals(move: Move, scale: Tensor) -> Tensor:
-    """Where coordinates of a move would start as new ones: loc and scale, ``[2, K]``.
-
-    :param scale: of those whose move does not say, a number.
-    """
-    marginals = scale.new_zeros(2, len(move.source))
-    marginals[1] = scale
-    if move.first is not None:
-        marginals[:, move.source < 0] = torch.stack(move.first).to(marginals)
-    return marginals
