@@ -158,9 +158,9 @@ class CyclicSchedule:
     def rate(self, step: int) -> float:
         """A factor for the learning rate after this many steps, from 1 to 0 in each phase::
 
-        schedule = CyclicSchedule(explore=9_000, cycle=4_500)
-        options = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 5e-3}}
-        optim = pyro.optim.LambdaLR({**options, "lr_lambda": schedule.rate})
+            schedule = CyclicSchedule(explore=9_000, cycle=4_500)
+            options = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 5e-3}}
+            optim = pyro.optim.LambdaLR({**options, "lr_lambda": schedule.rate})
         """
         place, length = self._place(step)
         return (1 + math.cos(math.pi * place / length)) / 2
