@@ -156,7 +156,9 @@ class CyclicSchedule:
         return step > self.explore and (step - self.explore) % self.cycle == 0
 
     def rate(self, step: int) -> float:
-        """A factor for the learning rate after this many steps, from 1 to 0 in each phase::
+        """A factor for the learning rate after this many steps, from 1 to 0 in each phase.
+
+        It is for Pyro's schedulers::
 
             schedule = CyclicSchedule(explore=9_000, cycle=4_500)
             options = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 5e-3}}
