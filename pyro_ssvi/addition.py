@@ -18,7 +18,15 @@ from .exchange import read_at, top_inactive, unit_scores
 from .gradient_record import GradientRecord
 from .joint_step import squares_along
 
-__all__ = ["Addition", "Evidence", "Gradient", "Random", "addition_criterion"]
+__all__ = [
+    "Addition",
+    "Evidence",
+    "Gradient",
+    "Random",
+    "addition_criterion",
+    "choose_from",
+    "race",
+]
 
 
 class Addition:
