@@ -23,6 +23,7 @@ def make(
     lr: float,
     every: int = 20,
     site: str | None = None,
+    addition: str = "gradient",
     **options: Any,
 ) -> SVI:
     """Inference with AutoNormal (for a density of 1) or with AutoSparseNormal.
@@ -30,6 +31,7 @@ def make(
     :param lr: learning rate of the first step, which falls to 3 % of it.
     :param every: steps between exchanges.
     :param site: the only site that is sparse; by default all are that have two dimensions or more.
+    :param addition: criterion of SSVI.
     :param options: of either guide.
     """
     pyro.clear_param_store()
@@ -39,7 +41,7 @@ def make(
     densities = density if site is None else {site: density}
     guide = AutoSparseNormal(model, density=densities, **options)
     schedule = CosineSchedule(every=every, stop=int(0.75 * steps))
-    return SSVI(model, guide, optim, Trace_ELBO(), schedule=schedule)
+    return SSVI(model, guide, optim, Trace_ELBO(), addition=addition, schedule=schedule)
 
 
 def fit(

@@ -21,6 +21,8 @@ from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from torch import Tensor
 
+from pyro_ssvi.addition import ADDITION
+
 NUM_SAMPLES = 100  # posterior samples of a prediction
 NONZERO = 20  # features that count in the simulation
 # A vector is sparse only if it is named.
@@ -89,8 +91,10 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--features", type=int, default=5000, help="in the simulation")
+    parser.add_argument("--addition", choices=sorted(ADDITION), default="gradient")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    options = {**OPTIONS, "addition": args.addition}
     results: dict[str, list[dict]] = {"diabetes": [], "simulation": []}
 
     x, test_x, y, test_y = load_polynomial_diabetes(args.seed)
@@ -98,7 +102,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
     print("                        active    RMSE  log density")
     print("---------------------------------------------------")
     for density in (1, 0.5, 0.2, 0.1):
-        guide = fit(model, (x, y), density, args.steps, args.seed, **OPTIONS)
+        guide = fit(model, (x, y), density, args.steps, args.seed, **options)
         active = round(density * x.shape[1])
         row = {"name": name(density), "active": active, **score(guide, test_x, test_y)}
         results["diabetes"].append(row)
@@ -115,7 +119,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
     )
     for active in (args.features, 250, 50, NONZERO):
         density = active / args.features
-        guide = fit(model, (x, y), density, args.steps, args.seed, **OPTIONS)
+        guide = fit(model, (x, y), density, args.steps, args.seed, **options)
         row = {"name": name(density), "active": active, **score(guide, test_x, test_y)}
         row |= recovery(guide, truth)
         results["simulation"].append(row)

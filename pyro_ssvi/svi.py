@@ -535,7 +535,7 @@ class SSVI(SVI):
             gone = [len(each) for each in removed.values()]
             bounds = [r.addable(n) for r, n in zip(_rooms(guide, removed), gone, strict=True)]
             rounds = self.addition.rounds(sum(gone))
-            with _naming(f"one of the sites {names}"):
+            with _naming(f"one of the sites {names}", FloatingPointError):
                 added = fill(rounds, of_site, *zip(*bounds, strict=True)) if names else []
             return dict(zip(names, added, strict=True))
         result = {}
@@ -564,12 +564,13 @@ class SSVI(SVI):
 
 
 @contextmanager
-def _naming(what: str) -> Iterator[None]:
-    """Have an error say where it was."""
+def _naming(what: str, kinds: Any = (FloatingPointError, ValueError)) -> Iterator[None]:
+    """Have an error of these kinds, by default of those that criteria raise, say where it was."""
     try:
         yield
-    except (FloatingPointError, ValueError) as error:
-        raise type(error)(f"{what}: {error}") from None
+    except kinds as error:
+        kind = FloatingPointError if isinstance(error, FloatingPointError) else ValueError
+        raise kind(f"{what}: {error}") from error
 
 
 def _in_site(

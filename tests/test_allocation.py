@@ -1,3 +1,4 @@
+import json
 import math
 
 import pyro
@@ -411,6 +412,18 @@ def test_scores_that_are_not_finite_change_nothing():
     before = guide.indices.clone()
     assert svi.exchange(x, y, share=0.3) == {}
     assert torch.equal(guide.indices, before)
+
+
+@pytest.mark.parametrize("allocation", ["per_site", "global"])
+def test_an_error_of_a_criterion_names_its_site_and_is_kept(allocation):
+    def score(gradient):
+        return torch.tensor(json.loads("{"))
+
+    _, svi = make(allocation=allocation, addition=score)
+    svi.step(x, y)
+    with pytest.raises(ValueError, match=r"^site 'w0': Expecting property name") as caught:
+        svi.exchange(x, y, share=0.3)
+    assert isinstance(caught.value.__cause__, json.JSONDecodeError)
 
 
 def test_parameter_store_of_a_guide_whose_sites_competed_is_refused():
