@@ -62,13 +62,8 @@ class Tiling:
         return torch.empty_like(places).scatter_(0, places, coordinates)
 
     @cached_property
-    def order(self) -> Tensor:
-        """The places of all values, one tile after the other: int32 ``[K]``."""
-        return self.places.flatten().to(torch.int32)
-
-    @cached_property
-    def order_t(self) -> Tensor:
-        """As :attr:`order`, with the tiles as they follow each other in the transposed grid."""
+    def place_t(self) -> Tensor:
+        """Of each tile, its place in the order of the transposed grid: int32 ``[U]``."""
         perm = self.units.csr_t.perm
         assert perm is not None
-        return self.places.index_select(0, perm).flatten().to(torch.int32)
+        return torch.empty_like(perm).scatter_(0, perm.long(), torch.arange(len(perm)).to(perm))

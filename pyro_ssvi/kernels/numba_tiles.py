@@ -16,16 +16,21 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from numba import carray, types
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..active_set import ActiveSet
+from ..tiling import Tiling
 from .numba_cpu import DTYPES, LONG, batch_inner, compiled, launch, num_threads, panel
 from .numba_vectors import (
     add_products,
     add_scaled,
     at,
+    load,
+    prefetch,
+    store,
     store_rows,
     store_sums,
     take,
@@ -41,7 +46,33 @@ _VECTOR_BYTES = 32
 _SUMS = 8  # of a gradient: each has an AVX register
 _CHUNK = 256  # of the batch, that a gradient reads before it goes to the next tile
 _TASKS = 4  # for each thread: one that is held up leaves more to the others
+_AHEAD = 4  # tiles between a prefetch and its use
+_SOON = 2  # the same, where a tile takes longer: in a gradient
 _INT32 = types.int32
+
+
+@functools.cache
+def _pack_kernel(dtype: types.Float, rows: int, cols: int, transposed: bool) -> Any:
+    size = rows * cols
+
+    @compiled
+    def pack_tiles(job):
+        units, blocks = job[1], job[2]
+        start, stride = carray(at(job[3], _INT32), units), carray(at(job[4], _INT32), units)
+        place_t = carray(at(job[5], _INT32), units)
+        values = carray(at(job[6], dtype), (1, units * size))
+        packed = carray(at(job[7], dtype), (1, units * size))
+        zero = zeros(dtype, cols)
+        block = take(job)
+        while block < blocks:
+            for e in range(units * block // blocks, units * (block + 1) // blocks):
+                place = size * (place_t[e] if transposed else e)
+                for i in range(rows):
+                    row = load(zero, values, 0, start[e] + i * stride[e])
+                    store(row, packed, 0, place + i * cols)
+            block = take(job)
+
+    return pack_tiles
 
 
 @functools.cache
@@ -65,7 +96,9 @@ def _matmul_kernel(dtype: types.Float, width: int, rows: int, cols: int, transpo
             for i in range(n * block // row_blocks, n * (block + 1) // row_blocks):
                 totals = zero_rows(dtype, width, rows)
                 for e in range(crow[i], crow[i + 1]):
-                    row = col[e] * cols
+                    row, later = col[e] * cols, col[min(e + _AHEAD, units - 1)] * cols
+                    for each in range(cols):
+                        prefetch(zero, source, later + each, start)
                     totals = add_scaled(
                         totals, values, e * size, down, across, cols, source, row, start
                     )
@@ -88,6 +121,7 @@ def _sampled_kernel(dtype: types.Float, width: int, rows: int, cols: int) -> Any
         g = carray(at(job[11], dtype), (n * rows, job[12]))
         x = carray(at(job[13], dtype), (m, job[14]))
         out = carray(at(job[15], dtype), (batch_blocks, units * size))
+        zero = zeros(dtype, width)
         task = take(job)
         while task < row_blocks * batch_blocks:
             part, block = task // row_blocks, task % row_blocks
@@ -98,8 +132,10 @@ def _sampled_kernel(dtype: types.Float, width: int, rows: int, cols: int) -> Any
                 for i in range(n * block // row_blocks, n * (block + 1) // row_blocks):
                     for e in range(crow[i], crow[i + 1]):
                         totals = zero_rows(dtype, width, size)
-                        row = col[e] * cols
+                        row, later = col[e] * cols, col[min(e + _SOON, units - 1)] * cols
                         for j in range(chunk, stop, width):
+                            for each in range(cols):
+                                prefetch(zero, x, later + each, j)
                             totals = add_products(totals, g, i * rows, x, row, cols, j)
                         store_sums(totals, out[part], first[e], stride[e], cols, chunk > begin)
             task = take(job)
@@ -123,8 +159,7 @@ def matmul(active: ActiveSet, values: Tensor, x: Tensor, transposed: bool) -> Te
     batch_blocks = -(-b // tile)
     row_blocks = -(-_TASKS * threads // batch_blocks)
     pack = k > 16 * m * row_blocks  # a row of x is read often enough
-    # Once, rather than for every tile of the batch.
-    values = values.index_select(0, tiling.order_t if transposed else tiling.order)
+    values = _packed(tiling, values.contiguous(), transposed, threads)
     x, out = batch_inner(x), x.new_empty(n, b)
     sizes = (n // rows, m, len(csr.col), b, row_blocks, batch_blocks, pack)
     kernel = _matmul_kernel(DTYPES[x.dtype], tile, rows, cols, transposed)
@@ -155,6 +190,15 @@ def sampled(active: ActiveSet, g: Tensor, x: Tensor) -> Tensor:
     return out.sum(0) if batch_blocks > 1 else out[0]
 
 
+def _packed(tiling: Tiling, values: Tensor, transposed: bool, threads: int) -> Tensor:
+    """The values, one tile after the other: once, rather than for every part of the batch."""
+    packed = torch.empty_like(values)
+    kernel = _pack_kernel(DTYPES[values.dtype], *tiling.shape, transposed)
+    places = tiling.start, tiling.stride, tiling.place_t if transposed else 0
+    launch(kernel, threads, len(tiling.units), _TASKS * threads, *places, values, packed)
+    return packed
+
+
 def _divisor(n: int, most: int) -> int:
     return max(d for d in range(1, most + 1) if n % d == 0)
 
@@ -163,8 +207,8 @@ def _part(rows: int, cols: int) -> tuple[int, int]:
     """The part of a tile for whose entries the gradient needs the fewest loads each."""
     parts = [
         (r, c)
-        for r in range(1, _SUMS + 1)
-        for c in range(1, _SUMS // r + 1)
+        for c in range(1, _SUMS + 1)
+        for r in range(1, _SUMS // c + 1)
         if rows % r == 0 and cols % c == 0
     ]
     return min(parts, key=lambda part: sum(part) / (part[0] * part[1]))
