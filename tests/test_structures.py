@@ -320,6 +320,26 @@ def test_training_keeps_the_structure_and_the_size(structure, kind):
     assert str(guide.summary())
 
 
+def test_the_summary_has_structures_where_there_are_some():
+    def lines(structure):
+        pyro.clear_param_store()
+        guide = AutoSparseNormal(net, density=0.25, structure=structure)
+        guide(x, y)
+        return str(guide.summary()).splitlines()
+
+    assert "structure" not in lines(None)[0]
+    for structure, written in [
+        (Tiles(2, 4), "Tiles(2, 4)"),
+        (Rows(), "Tiles(1, None)"),
+        (NM(1, 4), "NM(1, 4)"),
+    ]:
+        head, _, w0, *others = lines({"w0": structure})
+        assert head.endswith("structure")
+        assert w0.startswith("w0")
+        assert w0.endswith(written)
+        assert not any(written in line for line in others)
+
+
 @pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES)
 def test_parameters_and_optimizer_state_follow(structure):
     svi = make(structure)
@@ -491,6 +511,12 @@ def test_tiles_that_come_to_all_of_a_site(density, tmp_path):
 def test_what_does_not_fit_is_told(options, match):
     with pytest.raises(ValueError, match=match):
         AutoSparseNormal(net, **{"density": 0.25, **options})(x, y)
+
+
+@pytest.mark.parametrize("option", [{"allocation": "global"}, {"addition": "evidence"}])
+def test_what_exchanges_single_coordinates_refuses_a_structure(option):
+    with pytest.raises(ValueError, match="exchange single coordinates: leave out structure="):
+        make(Tiles(2, 4), **option)
 
 
 def test_with_a_policy():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from math import prod
 from typing import NamedTuple
 
 from ..active_set import ActiveSet
+from ..structures import Structure
 from ..tables import Table
 
 __all__ = ["Summary"]
@@ -20,6 +21,7 @@ class Row(NamedTuple):
     density: float
     bytes: int
     autonormal_bytes: int
+    structure: Structure | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -27,7 +29,7 @@ class Summary(Table):
     """A table of a guide's sites; print it.
 
     Bytes are those of the guide's parameters and, for a sparse site, its indices; an optimizer
-    adds its own.
+    adds its own. Where a site has a structure, there is a column of them.
     """
 
     rows: tuple[Row, ...]
@@ -51,6 +53,7 @@ class Summary(Table):
                     active.density,
                     len(active) * (row + (0 if active.is_full else 8)),
                     active.numel() * 2 * element_size,
+                    active.structure,
                 )
                 for name, active in active_sets.items()
             )
@@ -70,7 +73,7 @@ class Summary(Table):
 
     def _lines(self) -> list[tuple[str, ...]]:
         lines: list[tuple[str, ...]] = [
-            ("site", "shape", "active", "density", "bytes", "AutoNormal")
+            ("site", "shape", "active", "density", "bytes", "AutoNormal", "structure")
         ]
         for row in (*self.rows, self.total):
             lines.append(
@@ -81,6 +84,16 @@ class Summary(Table):
                     f"{row.density:.2%}",
                     f"{row.bytes:,}",
                     f"{row.autonormal_bytes:,}",
+                    _as_typed(row.structure),
                 )
             )
+        if all(row.structure is None for row in self.rows):
+            lines = [line[:-1] for line in lines]
         return lines
+
+
+def _as_typed(structure: Structure | None) -> str:
+    """As one writes it: ``Tiles(4, 4)``."""
+    if structure is None:
+        return ""
+    return f"{type(structure).__name__}({', '.join(map(str, astuple(structure)))})"
