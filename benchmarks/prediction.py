@@ -1,6 +1,7 @@
 """What a prediction costs: SparsePredictive beside Predictive with AutoNormal, in time and memory.
 
-Each contender is a process of its own, and they take turns, round by round::
+And the network with mean weights, sparse beside dense. Each contender is a process of its own, and
+they take turns, round by round::
 
     python benchmarks/prediction.py
     python benchmarks/prediction.py --hidden 4000 --density 0.01
@@ -14,9 +15,10 @@ import resource
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -30,8 +32,18 @@ from pyro_ssvi import SSVI, AutoSparseNormal, SparsePredictive
 from pyro_ssvi.nn import bayesianize
 
 
-def serve(pipe: Connection, density: float | None, args: argparse.Namespace) -> None:
-    """Predict on command; the first answer is what was needed to get ready."""
+class Contender(NamedTuple):
+    """:ivar density: of a sparse guide; ``None`` for AutoNormal.
+    :ivar samples: of the weights; ``None`` for their mean.
+    """
+
+    name: str
+    density: float | None
+    samples: int | None
+
+
+def serve(pipe: Connection, contender: Contender, args: argparse.Namespace) -> None:
+    """Predict on command; the first answer is the size of the file that this needs."""
     torch.manual_seed(0)
     net = bayesianize(perceptron([784, args.hidden, args.hidden, 10], "meta"), PRIOR_SCALE)
     net.module.to_empty(device="cpu")
@@ -43,32 +55,41 @@ def serve(pipe: Connection, density: float | None, args: argparse.Namespace) -> 
 
     x, y = torch.rand(args.batch_size, 784), torch.zeros(args.batch_size, dtype=torch.int64)
     options: Any = {"init_loc_fn": init_to_sample, "init_scale": 0.01}
+    _, density, samples = contender
+    guide: Any
     if density is None:
-        guide: Any = AutoNormal(model, **options)
-        predictive: Any = Predictive(
-            model, guide=guide, num_samples=args.samples, return_sites=["obs"]
-        )
+        guide = AutoNormal(model, **options)
     else:
         guide = AutoSparseNormal(model, density=density, **options)
-        predictive = SparsePredictive(model, guide, args.samples, ["obs"])
     with torch.no_grad():
         guide(x, y)
-        pipe.send(file_bytes(model, guide))
-        before = peak()
-        while pipe.recv():
-            start = time.perf_counter()
-            predictive(x)
-            pipe.send((time.perf_counter() - start, peak() - before))
-
-
-def file_bytes(model: Any, guide: Any) -> int:
-    """Size of the file that predictions need."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "posterior"
-        if isinstance(guide, AutoNormal):
-            torch.save(guide.state_dict(), path)
+        predict: Any
+        if samples is None:
+            if density is None:
+                predict = net.with_weights(guide.median())
+            else:
+                predict = net.with_sparse_weights(guide)
+            size = file_bytes(lambda path: torch.save(predict.state_dict(), path))
+        elif density is None:
+            predict = Predictive(model, guide=guide, num_samples=samples, return_sites=["obs"])
+            size = file_bytes(lambda path: torch.save(guide.state_dict(), path))
         else:
-            SSVI(model, guide, pyro.optim.Adam({}), Trace_ELBO()).export(path)
+            predict = SparsePredictive(model, guide, samples, ["obs"])
+            svi = SSVI(model, guide, pyro.optim.Adam({}), Trace_ELBO())
+            size = file_bytes(svi.export)
+        pipe.send(size)
+        before = peak()
+        while times := pipe.recv():
+            start = time.perf_counter()
+            for _ in range(times):
+                predict(x)
+            pipe.send(((time.perf_counter() - start) / times, peak() - before))
+
+
+def file_bytes(write: Callable[[Path], object]) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "file"
+        write(path)
         return path.stat().st_size
 
 
@@ -85,38 +106,60 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args(argv)
+    print(
+        f"784-{args.hidden}-{args.hidden}-10, batch {args.batch_size}, "
+        f"{torch.get_num_threads()} threads, {args.rounds} rounds"
+    )
+    sparse = [(f"{100 * density:g}%", density) for density in args.density]
+    compare(
+        f"{args.samples} samples",
+        [
+            Contender("Predictive, AutoNormal", None, args.samples),
+            *(Contender(f"SparsePredictive {name}", d, args.samples) for name, d in sparse),
+        ],
+        args,
+    )
+    compare(
+        "mean weights",
+        [
+            Contender("torch's dense network", None, None),
+            *(Contender(f"SparseNetwork {name}", d, None) for name, d in sparse),
+        ],
+        args,
+    )
+
+
+def compare(title: str, contenders: list[Contender], args: argparse.Namespace) -> None:
+    """Have them take turns; ratios are to the first."""
     context = multiprocessing.get_context("spawn")
-    names = ["Predictive, AutoNormal", *(f"SparsePredictive {100 * d:g}%" for d in args.density)]
     pipes, sizes = [], []
-    for density in (None, *args.density):
+    for contender in contenders:
         ours, theirs = context.Pipe()
-        context.Process(target=serve, args=(theirs, density, args), daemon=True).start()
+        context.Process(target=serve, args=(theirs, contender, args), daemon=True).start()
         sizes.append(ours.recv())
         pipes.append(ours)
     times: list[list[float]] = [[] for _ in pipes]
     memory = [0] * len(pipes)
     for i in range(args.rounds + 1):
         for j, pipe in enumerate(pipes):
-            pipe.send(True)
+            # The first compiles. A mean is quick: it is predicted several times.
+            pipe.send(1 if i == 0 or contenders[j].samples else 20)
             seconds, memory[j] = pipe.recv()
-            if i:  # the first compiles
+            if i:
                 times[j].append(seconds)
     for pipe in pipes:
-        pipe.send(False)
+        pipe.send(0)
     print(
-        f"784-{args.hidden}-{args.hidden}-10, batch {args.batch_size}, {args.samples} samples, "
-        f"{torch.get_num_threads()} threads, {args.rounds} rounds\n"
-    )
-    print(
-        f"{'':24}{'ms':>8}{'min .. max':>16}{'times faster':>14}{'peak MB above set-up':>22}"
+        f"\n{title:24}{'ms':>8}{'min .. max':>16}{'times faster':>14}{'peak MB above set-up':>22}"
         f"{'file MB':>10}{'smaller':>9}"
     )
-    for name, each, grown, size in zip(names, times, memory, sizes, strict=True):
+    for contender, each, grown, size in zip(contenders, times, memory, sizes, strict=True):
         ratio = statistics.median(a / b for a, b in zip(times[0], each, strict=True))
-        span = f"{1e3 * min(each):.0f} .. {1e3 * max(each):.0f}"
+        span = f"{1e3 * min(each):.1f} .. {1e3 * max(each):.1f}"
         print(
-            f"{name:24}{1e3 * statistics.median(each):8.0f}{span:>16}{ratio:13.1f}x"
-            f"{grown / 2**20:22.1f}{size / 1e6:10.2f}{sizes[0] / size:8.1f}x"
+            f"{contender.name:24}{1e3 * statistics.median(each):8.1f}{span:>16}{ratio:13.1f}x"
+            f"{grown / 2**20:22.1f}{size / 1e6:10.2f}{sizes[0] / size:8.1f}x",
+            flush=True,
         )
 
 

@@ -223,8 +223,9 @@ def test_prediction(tmp_path):
     arguments = "--hidden 16 --density 0.1 --batch-size 8 --samples 2 --rounds 2"
     result = run("prediction.py", arguments, tmp_path)
     assert result.returncode == 0, result.stderr
-    rows = [line.split("  ")[0] for line in result.stdout.splitlines()[-2:]]
-    assert rows == ["Predictive, AutoNormal", "SparsePredictive 10%"]
+    rows = [line.split("  ")[0] for line in result.stdout.splitlines()[2:]]
+    first = ["2 samples", "Predictive, AutoNormal", "SparsePredictive 10%", ""]
+    assert rows == [*first, "mean weights", "torch's dense network", "SparseNetwork 10%"]
 
 
 def test_merged_candidates(tmp_path):

@@ -54,6 +54,7 @@ def improves(losses):
 
 OPTIMIZERS = {
     "Adam": lambda: pyro.optim.Adam({"lr": 0.02}),
+    "fused Adam": lambda: pyro.optim.Adam({"lr": 0.02, "fused": True}),
     "AdamW": lambda: pyro.optim.AdamW({"lr": 0.02, "weight_decay": 0.1}),
     "amsgrad": lambda: pyro.optim.Adam({"lr": 0.02, "amsgrad": True}),
     "NAdam": lambda: pyro.optim.NAdam({"lr": 0.02}),
