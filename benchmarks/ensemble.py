@@ -1,7 +1,7 @@
 """Three sparse posteriors of one training, predicted as a mixture, beside one dense posterior.
 
-The settings are those of the quality study, and so are the measures. A member is the end of a cycle
-of :class:`pyro_ssvi.CyclicSchedule`, and the learning rate falls to 0 in each::
+The settings are those of the quality study's longer runs, and so are the measures. A member is the
+end of a cycle of :class:`pyro_ssvi.CyclicSchedule`, and the learning rate falls to 0 in each::
 
     python benchmarks/ensemble.py --data-dir DIR
 """
@@ -21,11 +21,13 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from quality_parts import LONGER
 from quality_runs import NUM_SAMPLES, Bayesian, Data, Setting, load, scores
 from torch import Tensor
 
 from pyro_ssvi import CyclicSchedule, Ensemble
 
+STRUCTURE = "1x4"
 SAMPLES = 15  # of a mixture; as many as NUM_SAMPLES, but for the division by three
 
 
@@ -86,24 +88,27 @@ def predict(model: Any, guide: Any, x: Tensor) -> Tensor:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", required=True, help="the folder with Fashion-MNIST")
-    parser.add_argument("--density", type=float, default=0.05)
-    parser.add_argument("--epochs", type=int, default=50, help="of the whole training")
-    parser.add_argument("--explore", type=int, default=20, help="epochs before the first cycle")
+    parser.add_argument("--density", type=float, default=LONGER.density)
+    parser.add_argument("--structure", default=STRUCTURE, help='such as "1x4", or "single"')
+    parser.add_argument("--epochs", type=int, default=LONGER.epochs, help="of the whole training")
+    parser.add_argument("--explore", type=int, default=38, help="epochs before the first cycle")
     parser.add_argument("--members", type=int, default=3)
     parser.add_argument("--restart", type=float, default=0.5)
-    parser.add_argument("--every", type=int, default=100)
-    parser.add_argument("--kl-weight", type=float, default=0.1)
-    parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--every", type=int, default=LONGER.every)
+    parser.add_argument("--kl-weight", type=float, default=LONGER.kl_weight)
+    parser.add_argument("--lr", type=float, default=LONGER.lr)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--net", default="400-400", help="widths of the hidden layers")
+    parser.add_argument("--net", default=LONGER.net, help="widths of the hidden layers")
     parser.add_argument("--held-out", action="store_true", help="test on training images")
     parser.add_argument("--json", type=Path, help="file that gets a line for each run")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     data = load(args.data_dir)
-    setting = Setting(
+    setting = replace(
+        LONGER,
         net=args.net,
         density=args.density,
+        structure=args.structure,
         epochs=args.epochs,
         every=args.every,
         kl_weight=args.kl_weight,
@@ -121,9 +126,9 @@ def main(argv: list[str] | None = None) -> None:
             rows.setdefault(f"member {i + 1}", []).append(each)
         rows.setdefault(f"mixture of {args.members}", []).append(result["mixture"])
     print(
-        f"784-{args.net}-10, {args.density:.0%} active, {args.explore} epochs, then {args.members} "
-        f"cycles to epoch {args.epochs}; {len(args.seeds)} seeds; members share "
-        f"{result['shared']:.0%} of their active coordinates\n"
+        f"784-{args.net}-10, {args.density:.0%} active ({args.structure}), {args.explore} epochs, "
+        f"then {args.members} cycles to epoch {args.epochs}; {len(args.seeds)} seeds; "
+        f"members share {result['shared']:.0%} of their active coordinates\n"
     )
     print(f"{'':16}{'accuracy, %':>16}{'NLL':>18}{'ECE':>20}")
     for name, each in rows.items():

@@ -96,7 +96,7 @@ def quality(groups: Sequence[tuple[Setting, list[dict[str, Any]]]], label: Calla
 
 def with_epochs(setting: Setting) -> str:
     weight = f", KL weight {setting.kl_weight:g}"
-    named = name(setting)
+    named = name(setting) if setting.structure == "single" else with_structure(setting)
     return f"{named}, {setting.epochs} epochs" + (weight if setting.kl_weight != 0.1 else "")
 
 
@@ -213,6 +213,10 @@ def steps(results: Results) -> str:
     for row in last:
         setting = Setting(**row["setting"])
         label = name(setting) if setting.net == "400-400" else with_net(setting)
+        if setting.structure != "single":
+            label = with_structure(setting)
+        if setting.batch_size != SPARSE.batch_size:
+            label += f", batch {setting.batch_size}"
         label += ", local reparameterisation" if setting.local and setting.density < 1 else ""
         low, high = row["range"]
         rows.append(

@@ -17,7 +17,16 @@ SPARSE = Setting()
 DENSE = Setting(method="autonormal", density=1.0, lr=1e-3, addition="gradient", share=0.0)
 DENSE_LOCAL = Setting(density=1.0, lr=1e-3, local=True, addition="gradient", share=0.0)
 # In no more time than AutoNormal takes for its ten epochs.
-LONGER = replace(SPARSE, epochs=45, kl_weight=0.2, every=400)
+LONGER = replace(
+    SPARSE,
+    policy="uniform",
+    init_loc="feasible",
+    epochs=80,
+    batch_size=256,
+    lr=3e-3,
+    kl_weight=0.2,
+)
+LONGER_RUNS = [replace(LONGER, density=0.1), LONGER, replace(LONGER, structure="1x4")]
 # Fewer active weights than the dense net of 400 units has, in no more time.
 WIDER = replace(SPARSE, net="1600-1600", density=0.1, epochs=13, lr=1e-3, every=200)
 NET = Setting(method="deterministic", density=1.0, lr=1e-3, addition="gradient", share=0.0)
@@ -35,7 +44,7 @@ def densities() -> list[Setting]:
             DENSE_LOCAL,
             NET,
             *(replace(SPARSE, density=d) for d in (0.2, 0.1, 0.05, 0.02, 0.01)),
-            *(replace(LONGER, density=d) for d in (0.1, 0.05)),
+            *LONGER_RUNS,
         ]
     )
 
@@ -206,6 +215,7 @@ def steps() -> list[Setting]:
         replace(SPARSE, net="800-800", density=0.075),
         replace(SPARSE, net="1600-1600", density=0.025),
         WIDER,
+        *LONGER_RUNS,
     ]
 
 
