@@ -12,6 +12,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 MODULES = {"comparison.py", "datasets.py", "metrics.py"}  # imported by examples
 ELSEWHERE = {  # tested in files of their own
     "bnn_digits.py",
+    "correlated_regression.py",
     "hierarchical.py",
     "horseshoe_bnn.py",
     "lightning_module.py",

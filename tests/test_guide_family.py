@@ -19,7 +19,7 @@ from pyro.infer.autoguide import (
 )
 from pyro.poutine import block
 from test_auto_sparse_normal import bnn, x, y, zoo
-from torch.distributions import constraints
+from torch.distributions import constraints, kl_divergence
 
 from pyro_ssvi import (
     SSVI,
@@ -232,18 +232,26 @@ def test_low_rank_at_the_exact_posterior_has_the_evidence_for_its_loss():
     assert svi.evaluate_loss(inputs, labels) == pytest.approx(-evidence.item(), abs=1e-2)
 
 
-def test_low_rank_does_better_than_independent_normals_on_correlated_inputs():
+def test_low_rank_does_better_than_the_best_independent_normals_on_correlated_inputs():
+    """Both divergences from the exact posterior are in closed form."""
     inputs = torch.randn(60, 1) + 0.3 * torch.randn(60, 6)
     labels = inputs[:, :2].sum(-1) + 0.5 * torch.randn(60)
-    losses = []
-    for family in (AutoSparseNormal, AutoSparseLowRankMultivariateNormal):
-        pyro.clear_param_store()
-        pyro.set_rng_seed(0)
-        svi = make_svi(family, correlated, density=2 / 3, every=10**6, lr=0.03)
-        for _ in range(400):
-            svi.step(inputs, labels)
-        losses.append(sum(svi.evaluate_loss(inputs, labels) for _ in range(50)) / 50)
-    assert losses[1] < losses[0] - 0.3
+    family = AutoSparseLowRankMultivariateNormal
+    # At a constant learning rate the noise of the draws costs as much as correlations bring.
+    optim = pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.994, "clip_norm": math.inf})
+    schedule = ConstantSchedule(every=10**6)
+    guide = family(correlated, density=2 / 3)
+    svi = SSVI(correlated, guide, optim, Trace_ELBO(), schedule=schedule)
+    for _ in range(600):
+        svi.step(inputs, labels)
+    part = inputs[:, guide.active_sets["w"].indices]
+    precision = torch.eye(4) + part.T @ part / 0.25
+    mean = torch.linalg.solve(precision, part.T @ labels / 0.25)
+    exact = dist.MultivariateNormal(mean, precision_matrix=precision)
+    best = 0.5 * (precision.diagonal().log().sum() - precision.logdet())
+    joint = guide.joint(*guide.flat_parameters())
+    found = dist.MultivariateNormal(joint.loc, joint.covariance_matrix)
+    assert kl_divergence(found, exact) < 0.7 * best
 
 
 # Exchanges

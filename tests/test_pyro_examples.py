@@ -48,6 +48,18 @@ def test_sparse_regression(run, capsys):
     assert "AutoSparseNormal 2.0%" in capsys.readouterr().out
 
 
+def test_correlated_regression(run, capsys):
+    arguments = "--data 40 --features 60 --active 20 --rank 4 --steps 100 --lr 0.1 --runs 2"
+    independent, correlated = run("correlated_regression", arguments).values()
+    for scores in (independent, correlated):
+        assert scores.shape == (2, 3)
+        assert scores.isfinite().all()
+        assert (scores[:, 1] < 3).all()  # RMSE
+        assert (scores[:, 2] > 0.4).all()  # in 90 % intervals
+    assert not independent.equal(correlated)
+    assert "NLL less by correlations" in capsys.readouterr().out
+
+
 def test_logistic_regression(run, capsys):
     rows = by_active(run("logistic_regression", "--steps 150"))
     assert list(rows) == [495, 99, 25, 10]
