@@ -31,7 +31,7 @@ from pyro_ssvi.progress import progress
 NUM_SAMPLES = 300  # posterior samples of a prediction
 NUM_TEST = 1000
 NONZERO = 20  # features that count
-NOISE = 1.0  # of the data, known
+NOISE = 0.3  # of the data, known
 GUIDES = {
     "AutoSparseNormal": AutoSparseNormal,
     "AutoSparseLowRankMultivariateNormal": AutoSparseLowRankMultivariateNormal,
@@ -102,11 +102,11 @@ def main(argv: list[str] | None = None) -> dict[str, Tensor]:
     """The scores of each guide, ``[runs, 3]``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=int, default=30, help="for training")
-    parser.add_argument("--features", type=int, default=400)
+    parser.add_argument("--features", type=int, default=60)
     parser.add_argument("--factors", type=int, default=3, help="0: independent features")
     parser.add_argument("--active", type=int, default=40, help="coefficients")
     parser.add_argument("--rank", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--lr", type=float, default=0.1, help="of the first step")
     parser.add_argument("--runs", type=int, default=5, help="data sets, at least 2")
     parser.add_argument("--seed", type=int, default=0, help="of the first data set")
