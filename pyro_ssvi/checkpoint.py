@@ -4,36 +4,26 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
+from types import NoneType
 from typing import Any
 
-import numpy as np
 import pyro
 import torch
-from pyro.distributions import constraints as pyro_constraints
 from pyro.infer.autoguide import AutoGuide
 from pyro.optim.optim import _get_state_dict, _load_state_dict, is_scheduler
 from torch import Tensor, nn
-from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
+from .constraint_state import check_constrained, constraint_difference, constraint_state
 from .errors import warn_caller
-from .gradient_record import GradientRecord
+from .gradient_record import GradientRecord, check_parts
+from .plain_data import Maybe, check_form, check_tensor, plain
 from .random_state import check_random_state, leaving_no_trace, random_state, set_random_state
 from .safe_file import Format
 
-__all__ = [
-    "FILES",
-    "constraint_state",
-    "plain",
-    "read_constraint",
-    "restore",
-    "schedule_state",
-    "stage",
-    "state_of",
-]
+__all__ = ["FILES", "check", "restore", "schedule_state", "stage", "state_of"]
 
 #: Their version is that of :meth:`pyro_ssvi.SSVI.state_dict`, too.
 FILES = Format(
@@ -42,7 +32,30 @@ FILES = Format(
     "a file written by svi.save(). What torch.save(guide.state_dict()) wrote is for "
     "guide.load_state_dict(torch.load(path))",
 )
-_KEYS = ("guide", "model", "store", "optim", "steps", "schedule", "record", "elbo", "random")
+_RANDOM = {"torch": Tensor, "cuda": [Tensor], "numpy": (list, tuple), "python": (list, tuple)}
+_RECORD = [{"guide": str, "site": str, "parts": [(list, tuple)]}]
+_FORM = {
+    "version": int,
+    "guide": {str: object},
+    "model": {str: object},
+    "store": {
+        str: {
+            "module": (str, NoneType),
+            "value": (Tensor, NoneType),
+            "constraint": object,
+            "ours": bool,
+        }
+    },
+    "optim": {str: {"class": str, "state": dict, "grad": bool}},
+    "steps": int,
+    "schedule": {"class": str, "fields": {str: object}},
+    "record": _RECORD,
+    "scales": Maybe([(int, float)]),  # older files have none
+    "elbo": {"max_plate_nesting": (int, float), "may_fuse": (bool, NoneType)},
+    "random": _RANDOM,
+    # Of several processes, each its own.
+    "ranks": Maybe([{"record": _RECORD, "scales": [(int, float)], "random": _RANDOM}]),
+}
 
 
 # From memory to plain data
@@ -105,24 +118,6 @@ def state_of(svi: Any) -> dict[str, Any]:
     return plain(state, "the state")
 
 
-def plain(value: Any, where: str) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, np.generic):
-        return value.item()
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if isinstance(value, Mapping):
-        items = {key: plain(item, f"{where}[{key!r}]") for key, item in value.items()}
-        return Counter(items) if isinstance(value, Counter) else items
-    if type(value) in (list, tuple):
-        return type(value)(plain(item, f"{where}[{i}]") for i, item in enumerate(value))
-    raise TypeError(
-        f"{where} is a {type(value).__name__}: a checkpoint takes numbers, strings, tensors, and "
-        "lists, tuples and dicts of them"
-    )
-
-
 def _parameters(svi: Any) -> dict[str, nn.Parameter]:
     """Parameters by their place in the modules: that needs no parameter store."""
     modules = {"guide": svi.guide, "model": svi.model}
@@ -163,40 +158,6 @@ def schedule_state(schedule: Any) -> dict[str, Any]:
     return {"class": type(schedule).__name__, "fields": fields}
 
 
-def constraint_state(constraint: Any) -> Any:
-    """A constraint of torch or Pyro by its class and fields; ``None`` for one of the user's."""
-    if not isinstance(constraint, Constraint):
-        return constraint
-    if _constraint_class(type(constraint).__name__) is not type(constraint):
-        return None
-    fields = {}
-    for name, value in vars(constraint).items():
-        several = isinstance(value, list | tuple)
-        fields[name] = [constraint_state(v) for v in value] if several else constraint_state(value)
-    return {"class": type(constraint).__name__, "fields": fields}
-
-
-def _constraint_class(name: str) -> type[Constraint] | None:
-    for module in (constraints, pyro_constraints):
-        found = getattr(module, name, None)
-        if isinstance(found, type) and issubclass(found, Constraint):
-            return found
-    return None
-
-
-def read_constraint(state: Any) -> Any:
-    if isinstance(state, list):
-        return [read_constraint(item) for item in state]
-    if not isinstance(state, dict):
-        return state
-    found = _constraint_class(state["class"])
-    if found is None:
-        raise ValueError(f"unknown constraint {state['class']!r}: upgrade torch or pyro-ppl")
-    constraint = found.__new__(found)
-    constraint.__dict__.update({k: read_constraint(v) for k, v in state["fields"].items()})
-    return constraint
-
-
 def _hidden_module(name: str) -> str:
     module = name.split("$$$")[0]
     return (
@@ -220,20 +181,33 @@ def restore(svi: Any, state: Mapping[str, Any], source: str = "the state") -> No
 
 def stage(svi: Any, state: Mapping[str, Any], source: str) -> Staged:
     """A state that ``svi`` can take, as yet without a change; as :func:`restore`."""
-    missing = [key for key in ("version", *_KEYS) if key not in state]
-    if missing:
-        raise ValueError(f"{source} is not what SSVI.state_dict() gives: it has no {missing}")
-    FILES.check_version(state["version"], source)
+    check(state, source)
     try:
         staged = Staged(svi, state)
-        was, has = (_described(each) for each in (state["schedule"], schedule_state(svi.schedule)))
-    except (AttributeError, KeyError, TypeError) as error:
+    except Exception as error:
         raise ValueError(f"{source} is damaged: {error!r}") from error
+    was, has = (_described(each) for each in (state["schedule"], schedule_state(svi.schedule)))
     if staged.problems:
         raise ValueError(f"{source} does not fit this SSVI:\n  " + "\n  ".join(staged.problems))
     if was != has:
         warn_caller(f"saved with the schedule {was}; training goes on with this SSVI's own, {has}")
     return staged
+
+
+def check(state: Any, source: str) -> None:
+    """Whether something is what :func:`state_of` gives, as far as its form goes.
+
+    :raises ValueError: if it is not, or is of a newer version.
+    """
+    keys = [key for key, form in _FORM.items() if not isinstance(form, Maybe)]
+    missing = [key for key in keys if not isinstance(state, Mapping) or key not in state]
+    if missing:
+        raise ValueError(f"{source} is not what SSVI.state_dict() gives: it has no {missing}")
+    FILES.check_version(state["version"], source)
+    try:
+        check_form(state, _FORM)
+    except ValueError as error:
+        raise ValueError(f"{source} is damaged: {error}") from None
 
 
 class Staged:
@@ -275,12 +249,16 @@ class Staged:
                     self.parameters[f"guide.{prefix}{name}"] = new
 
     def _compare_modules(self) -> None:
-        sparse = tuple(prefix for prefix, _ in _sparse_guides(self.svi))
+        own = {  # they have been compared
+            prefix + name
+            for prefix, guide in _sparse_guides(self.svi)
+            for name in (*guide.raw_names, "indices", "_extra_state")
+        }
         for kind, module in (("guide", self.svi.guide), ("model", self.svi.model)):
             ours = module.state_dict() if isinstance(module, nn.Module) else {}
             theirs = self.state[kind]
             for key in dict.fromkeys([*theirs, *ours]):
-                if kind == "guide" and key.startswith(sparse):
+                if kind == "guide" and key in own:
                     continue
                 if key not in theirs:
                     self.problems.append(f"{kind}: {key!r} is not in it")
@@ -292,16 +270,22 @@ class Staged:
                 elif isinstance(ours[key], Tensor):
                     self._compare(f"{kind}: {key!r}", theirs[key], ours[key])
 
-    def _compare(self, what: str, theirs: Tensor, ours: Tensor) -> None:
-        was, has = (f"{tuple(value.shape)} {value.dtype}" for value in (theirs, ours))
+    def _compare(self, what: str, theirs: Any, ours: Tensor) -> None:
+        was, has = map(_described_tensor, (theirs, ours))
         if was != has:
             self.problems.append(f"{what}: saved as {was}, here it is {has}")
 
     def _stage_store(self) -> None:
         store = pyro.get_param_store()
         held = dict(store.named_parameters())
+        constraints = _own_constraints(self.svi)
         for name, entry in self.state["store"].items():
             ours, value = held.get(name), entry["value"]
+            constraint = store._constraints.get(name, constraints.get(entry["module"]))
+            if constraint is not None:
+                difference = constraint_difference(entry["constraint"], constraint)
+                if difference:
+                    self.problems.append(f"the constraint of parameter {name!r}: {difference}")
             if entry["module"] is not None:
                 parameter = self.parameters[entry["module"]]
                 if ours is not None and ours is not parameter:
@@ -309,17 +293,20 @@ class Staged:
                         f"the parameter store holds another {name!r}: call "
                         "pyro.clear_param_store() before you make a new guide or model"
                     )
+                if constraint is None:
+                    own = {**entry, "value": parameter.detach()}
+                    constraint = check_constrained(name, own)
             elif ours is None:
                 if "$$$" in name:
                     self.problems.append(_hidden_module(name))
-                parameter = value.clone().requires_grad_()
+                constraint = check_constrained(name, entry)
+                parameter = value.detach().clone().requires_grad_()
             elif entry["ours"] or ours in self.svi.optim.optim_objs:
                 self._compare(f"parameter {name!r}", value, ours)
                 parameter = ours
                 self.copies.append((ours, value))
             else:
                 continue  # of another model, which may have trained it on
-            constraint = store._constraints.get(name, read_constraint(entry["constraint"]))
             if constraint is None:
                 self.problems.append(
                     f"parameter {name!r} has a constraint of your own: run the model once before "
@@ -339,12 +326,10 @@ class Staged:
                 optimizer = optim._get_optim(parameter)
                 was, has = saved["class"], _optimizer_class(optimizer)
                 if was != has:
-                    self.problems.append(
-                        f"optimizer of {key!r}: saved from {was}, here it is {has}"
-                    )
+                    self._refuse_optimizer(key, f"saved from {was}, here it is {has}")
                     continue
                 _load_state_dict(optimizer, copy.deepcopy(saved["state"]))
-                self._check_moments(key, parameter, optimizer)
+                self._try_a_step(key, parameter, saved)
                 self.optimizers[parameter] = optimizer, optim._get_grad_clip(parameter)
                 self.with_grad[parameter] = saved["grad"]
         except Exception as error:
@@ -353,25 +338,70 @@ class Staged:
             names.clear()
             names.update(before)
 
-    def _check_moments(self, key: str, parameter: Tensor, optimizer: Any) -> None:
-        state = (optimizer.optimizer if is_scheduler(optimizer) else optimizer).state
-        for name, value in state.get(parameter, {}).items():
-            vectors = isinstance(value, Tensor) and value.dim() == parameter.dim() == 1
-            if vectors and len(value) != len(parameter):
-                self.problems.append(
-                    f"optimizer of {key!r}: {name!r} was saved with shape {tuple(value.shape)}, "
-                    f"the parameter has {tuple(parameter.shape)}"
-                )
+    def _try_a_step(self, key: str, parameter: Tensor, saved: Mapping[str, Any]) -> None:
+        """Have an optimizer with this state step a copy: only it can tell what it needs."""
+        copied = parameter.detach().clone().requires_grad_()
+        names = pyro.get_param_store()._param_to_name
+        names[copied] = names.get(parameter, key)
+        made = self.svi.optim._get_optim(copied)
+        optimizer = made.optimizer if is_scheduler(made) else made
+        options = dict(optimizer.param_groups[0])
+        _load_state_dict(made, copy.deepcopy(saved["state"]))
+        for name, value in optimizer.param_groups[0].items():
+            if name != "params" and not _alike(value, options.get(name)):
+                self._refuse_optimizer(key, f"{name!r} was saved as {value!r}")
+        state = dict(optimizer.state.get(copied, {}))
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                check_tensor(value, repr(name))
+                if value.dim() == copied.dim() and value.shape != copied.shape:
+                    words = f"{name!r} was saved with shape {tuple(value.shape)}"
+                    self._refuse_optimizer(key, f"{words}, the parameter has {tuple(copied.shape)}")
+                    return
+        copied.grad = torch.zeros_like(copied)
+        with leaving_no_trace():
+            optimizer.step()
+        if not copied.isfinite().all() and parameter.isfinite().all():
+            self._refuse_optimizer(key, "its numbers are not finite")
+        if saved["grad"] and optimizer.state.get(copied) and not state:
+            self._refuse_optimizer(key, "what it had of earlier steps is not in it")
+
+    def _refuse_optimizer(self, key: str, why: str) -> None:
+        self.problems.append(f"optimizer of {key!r}: {why}")
 
     def _check_rest(self) -> None:
-        steps = self.state["steps"]
-        if type(steps) is not int or steps < 0:
+        steps, plates = self.state["steps"], self.max_plate_nesting
+        if steps < 0:
             self.problems.append(f"expected a number of steps, got {steps!r}")
-        known = {(prefix, site.name) for prefix, sites in self.sites.items() for site in sites}
+        if not (plates == math.inf or (type(plates) is int and plates >= 0)):
+            self.problems.append(f"expected a number of nested plates, got {plates!r}")
+        stepped = [
+            entry["module"] or f"store.{name}"
+            for name, entry in self.state["store"].items()
+            if entry["ours"] and steps
+        ]
+        optim = self.state["optim"]
+        for prefix, guide in _sparse_guides(self.svi):
+            keys = [f"guide.{prefix}{name}" for name in guide.raw_names]
+            if any(key in optim for key in keys):
+                stepped += keys
+        missing = [key for key in dict.fromkeys(stepped) if key not in optim]
+        if missing:
+            self.problems.append(f"it has no optimizer of {missing}")
+        known = {
+            (prefix, site.name): site for prefix, sites in self.sites.items() for site in sites
+        }
         for entry in self.state["record"]:
-            if (entry["guide"], entry["site"]) not in known:
+            site = known.get((entry["guide"], entry["site"]))
+            if site is None:
                 self.problems.append(f"it has a gradient of an unknown site {entry['site']!r}")
-            parts = GradientRecord.read_parts(plain(entry["parts"], "the record"))
+                continue
+            try:
+                parts = GradientRecord.read_parts(plain(entry["parts"], "the record"))
+                check_parts(parts, site.shape)
+            except Exception as error:
+                self.problems.append(f"its gradient of site {entry['site']!r}: {error!r}")
+                continue
             self.record.append((entry["guide"], entry["site"], parts))
         try:
             check_random_state(self.state["random"])
@@ -431,6 +461,36 @@ def _unseen_setup(guide: AutoGuide, *args: Any, **kwargs: Any) -> None:
     with leaving_no_trace():
         type(guide)._setup_prototype(guide, *args, **kwargs)
     del guide._setup_prototype
+
+
+def _own_constraints(svi: Any) -> dict[str, Any]:
+    """The constraints of parameters of Pyro modules, by their place in the modules."""
+    return {
+        f"{kind}.{prefix}{'.' if prefix else ''}{name}_unconstrained": constraint
+        for kind, module in (("guide", svi.guide), ("model", svi.model))
+        if isinstance(module, nn.Module)
+        for prefix, part in module.named_modules()
+        for name, (constraint, _) in getattr(part, "_pyro_params", {}).items()
+        if isinstance(constraint, Constraint)
+    }
+
+
+def _alike(saved: Any, ours: Any) -> bool:
+    """Whether a setting of an optimizer can stand for another."""
+    if isinstance(saved, (list, tuple)) and isinstance(ours, (list, tuple)):
+        return len(saved) == len(ours) and all(map(_alike, saved, ours))
+    numbers = (int, float)
+    both = type(saved) in numbers and type(ours) in numbers
+    return both or saved is None or ours is None or type(saved) is type(ours)
+
+
+def _described_tensor(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    words = f"{tuple(value.shape)} {value.dtype}"
+    if value.layout != torch.strided:
+        words += f" {value.layout}"
+    return f"{words} without numbers" if value.is_meta else words
 
 
 def _described(schedule: Mapping[str, Any]) -> str:

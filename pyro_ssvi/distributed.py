@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NoReturn
 
 import pyro
@@ -121,7 +120,7 @@ class DistributedSSVI(SSVI):
 
         :param map_location: as for :func:`torch.load`, of this process.
         """
-        content = self._in_first("load", Path(path).read_bytes)
+        content = self._in_first("load", lambda: checkpoint.FILES.content(path))
         self._restore(lambda: checkpoint.FILES.parse(content, path, map_location), str(path))
 
     def export(self, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
@@ -131,6 +130,7 @@ class DistributedSSVI(SSVI):
     def _restore(self, read: Callable[[], Mapping[str, Any]], source: str) -> None:
         def stage() -> tuple[checkpoint.Staged, bool]:
             state = read()
+            checkpoint.check(state, source)
             ranks = state.get("ranks", [])
             same = len(ranks) == self.world_size
             own = ranks[self.rank] if same else {"record": [], "scales": []}

@@ -12,8 +12,16 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import plain
-from .posterior import guide_of, guide_state, module_state, own_state, put_own, refuse_another
+from .plain_data import check_form, plain
+from .posterior import (
+    FORM,
+    guide_of,
+    guide_state,
+    module_state,
+    own_state,
+    put_own,
+    refuse_another,
+)
 from .safe_file import Format
 
 if TYPE_CHECKING:
@@ -63,12 +71,12 @@ class Ensemble(nn.Module):
 
         :raises ValueError: if its guide is another one than one sparse guide of this package.
         """
-        self._take({**guide_state(svi.guide), **own_state(svi)})
+        self._take({**guide_state(svi.guide), **own_state(svi)}, "the posterior")
 
-    def _take(self, state: Mapping[str, Any]) -> None:
+    def _take(self, state: Mapping[str, Any], source: str) -> None:
         # The parameter store may hold the trained guide's, and those of other ensembles.
         name = f"Ensemble.{next(_NUMBERS)}"
-        self.members.append(guide_of(state, self._model[0], name))
+        self.members.append(guide_of(state, self._model[0], source, name))
         self._own.append({"model": state["model"], "store": state["store"]})
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -132,11 +140,12 @@ def load_ensemble(path: str | os.PathLike, model: Callable, map_location: Any = 
     ensemble = Ensemble(model)
     state = FILES.read(path, map_location)
     try:
-        for member in state["members"]:
-            refuse_another(member, model, path)
-            ensemble._take(member)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}") from error
+        check_form(state, {"members": [FORM]})
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be loaded: {error}") from None
+    for i, member in enumerate(state["members"]):
+        ensemble._take(member, f"member {i} of {path}")
+        refuse_another(member, model, path)
     return ensemble
 
 

@@ -13,8 +13,9 @@ from torch.distributions import Normal
 
 from .active_set import ActiveSet
 from .patches import Patches
+from .plain_data import check_tensor
 
-__all__ = ["GradientRecord", "Prior", "recording"]
+__all__ = ["GradientRecord", "Prior", "check_parts", "recording"]
 
 _CURRENT: ContextVar[GradientRecord | None] = ContextVar("gradient_record", default=None)
 
@@ -108,6 +109,21 @@ Part = Product | Convolution | Rows | Dense
 _PARTS: dict[str, type[Part]] = {
     part.__name__: part for part in (Product, Convolution, Rows, Dense)
 }
+
+
+def check_parts(parts: Iterable[Part], shape: torch.Size) -> None:
+    """Whether parts from a file are of a site of this shape.
+
+    :raises ValueError: if they are not, and what their products raise if their own do not match.
+    """
+    rows, cols = shape[0], shape[1:].numel()
+    for part in parts:
+        for field in part:
+            if isinstance(field, Tensor):
+                check_tensor(field, "a gradient")
+        ends = [part.block(i, i + 1).shape for i in (0, rows - 1)]
+        if ends != [(1, cols)] * 2:
+            raise ValueError(f"expected parts of shape {(rows, cols)}, got another")
 
 
 class Prior(NamedTuple):

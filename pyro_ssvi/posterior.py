@@ -11,13 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import transform_to
 
-from .checkpoint import constraint_state, plain, read_constraint
+from .constraint_state import (
+    check_constrained,
+    constraint_difference,
+    constraint_state,
+    read_constraint,
+)
 from .guides import (
     AutoSparseDelta,
     AutoSparseGuide,
     AutoSparseLowRankMultivariateNormal,
     AutoSparseNormal,
+    site_table,
 )
+from .plain_data import Maybe, check_form, plain
 from .safe_file import Format
 from .structures import read_structure
 
@@ -26,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FILES",
+    "FORM",
     "KINDS",
     "export",
     "guide_of",
@@ -39,6 +47,17 @@ __all__ = [
 
 #: The guides that a file can be of; a subclass comes before its base.
 KINDS = (AutoSparseLowRankMultivariateNormal, AutoSparseNormal, AutoSparseDelta)
+
+#: Of what :func:`guide_state` and :func:`own_state` give, beside numbers.
+FORM = {
+    "sites": site_table.FORM,
+    "guide": Maybe(str),  # older files do not tell
+    "dtype": str,
+    "indices": Tensor,
+    "loc": Tensor,
+    "model": {str: object},
+    "store": {str: {"value": Tensor, "constraint": object}},
+}
 
 FILES = Format(
     "pyro_ssvi posterior",
@@ -151,26 +170,29 @@ def load_posterior(
     """
     state = FILES.read(path, map_location)
     # First everything is read and checked, then everything is changed.
-    try:
-        guide, values = _new_guide(state, model)
-        for entry in state["store"].values():
-            read_constraint(entry["constraint"])
-        refuse_another(state, model, path)
-    except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}") from error
-    guide.load_state_dict(values)
+    guide = guide_of(state, model, path)
+    refuse_another(state, model, path)
     put_own(state, model)
     return guide
 
 
-def guide_of(state: Mapping[str, Any], model: Callable, name: str) -> AutoSparseGuide:
+def guide_of(
+    state: Any, model: Callable, source: str | os.PathLike, name: str | None = None
+) -> AutoSparseGuide:
     """A guide with the posterior that :func:`guide_state` gave.
 
-    :param name: of its parameters, as the parameter store may hold those of another guide.
+    :param source: where it is from, for messages.
+    :param name: of its parameters, where the parameter store may hold those of another guide.
+    :raises ValueError: if it is damaged, in its form or its numbers.
     """
-    guide, values = _new_guide(state, model)
-    guide._pyro_name = name
-    guide.load_state_dict(values)
+    try:
+        check_form(state, FORM)
+        guide, values = _new_guide(state, model)
+        if name is not None:
+            guide._pyro_name = name
+        guide.load_state_dict(values)
+    except Exception as error:
+        raise ValueError(f"{source} cannot be loaded: {error}") from error
     return guide
 
 
@@ -186,16 +208,19 @@ def _new_guide(state: Mapping[str, Any], model: Callable) -> tuple[AutoSparseGui
     structures = {row["name"]: read_structure(row.get("structure")) for row in rows}
     structures = {name: each for name, each in structures.items() if each is not None}
     kinds: dict[str, Any] = {kind.__name__: kind for kind in KINDS}
-    # Older files do not tell.
-    guide = kinds[state.get("guide", "AutoSparseNormal")](
-        model, density=densities, structure=structures
-    )
+    kind = state.get("guide", "AutoSparseNormal")
+    if kind not in kinds:
+        raise ValueError(f"unknown guide {kind!r}: upgrade pyro_ssvi")
+    guide = kinds[kind](model, density=densities, structure=structures)
+    check_form(state, dict.fromkeys(guide.parameter_constraints, Tensor))
     dtype = getattr(torch, state["dtype"])
     values = {
         f"{name}_unconstrained": transform_to(constraint).inv(state[name].to(dtype))
         for name, constraint in guide.parameter_constraints.items()
     }
-    indices = state["indices"].to(torch.int64)
+    indices = state["indices"]
+    if indices.dtype == torch.int32:
+        indices = indices.to(torch.int64)
     return guide, {**values, "indices": indices, "_extra_state": state["sites"]}
 
 
@@ -205,18 +230,42 @@ def refuse_another(state: Mapping[str, Any], model: Callable, path: str | os.Pat
     :raises ValueError: if those of the model are others.
     """
     theirs, ours = state["model"], module_state(model)
-    if not isinstance(model, nn.Module):
-        return
     lines = []
-    for key in dict.fromkeys([*theirs, *ours]):
-        was, has = (
-            tuple(getattr(part[key], "shape", ())) if key in part else None
-            for part in (theirs, ours)
-        )
+    for key in dict.fromkeys([*theirs, *ours]) if isinstance(model, nn.Module) else ():
+        was, has = (_described(part[key]) if key in part else None for part in (theirs, ours))
         if was != has:
             lines.append(f"{key!r}: saved as {was}, here it is {has}")
+    store = pyro.get_param_store()
+    for name, entry in state["store"].items():
+        try:
+            constraint = check_constrained(name, entry)
+        except ValueError as error:
+            lines.append(str(error))
+            continue
+        if _takes(store, name, entry):
+            difference = constraint_difference(entry["constraint"], store._constraints[name])
+            if difference:
+                lines.append(f"the constraint of parameter {name!r}: {difference}")
+        elif constraint is None:
+            lines.append(_run_first(name))
     if lines:
         raise ValueError(f"{path} is of another model: " + "; ".join(lines))
+
+
+def _described(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    dense = value.layout == torch.strided and not value.is_meta
+    return tuple(value.shape) if dense else (tuple(value.shape), value.layout, value.device)
+
+
+def _takes(store: Any, name: str, entry: Mapping[str, Any]) -> bool:
+    held = store._params.get(name)
+    return held is not None and held.shape == entry["value"].shape
+
+
+def _run_first(name: str) -> str:
+    return f"parameter {name!r} has a constraint of your own: run the model once before you load"
 
 
 def put_own(state: Mapping[str, Any], model: Callable) -> None:
@@ -225,12 +274,13 @@ def put_own(state: Mapping[str, Any], model: Callable) -> None:
         model.load_state_dict(state["model"])
     store = pyro.get_param_store()
     for name, entry in state["store"].items():
-        held = dict(store.named_parameters()).get(name)
-        if held is not None and held.shape == entry["value"].shape:
+        if _takes(store, name, entry):
             with torch.no_grad():
-                held.copy_(entry["value"])
+                store._params[name].copy_(entry["value"])
             continue
-        if held is not None:
-            del store[name]
         where = read_constraint(entry["constraint"])
-        store.setdefault(name, transform_to(where)(entry["value"]), where)
+        if where is None:
+            raise ValueError(_run_first(name))
+        if name in store:
+            del store[name]
+        store.setdefault(name, transform_to(where)(entry["value"].clone()), where)

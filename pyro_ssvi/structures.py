@@ -170,8 +170,11 @@ class NM:
     def check(self, active: ActiveSet) -> None:
         """:raises ValueError: if a group has more or less than ``n`` active coordinates."""
         self.tile(active.shape)
-        groups = torch.arange(active.numel() // self.m, device=active.device)
-        if not torch.equal(active.indices // self.m, groups.repeat_interleave(self.n)):
+        # Before anything of the number of groups is made: a file may tell any number.
+        n = active.numel() // self.m
+        groups = n if len(active) == n * self.n else 0
+        wanted = torch.arange(groups, device=active.device).repeat_interleave(self.n)
+        if not torch.equal(active.indices // self.m, wanted):
             raise ValueError(
                 f"ActiveSet of shape {tuple(active.shape)} expects {self.n} active coordinates in "
                 f"each group of {self.m}"
@@ -209,7 +212,10 @@ def read_structure(state: Mapping[str, Any] | None) -> Structure | None:
     fields = {key: value for key, value in state.items() if key != "class"}
     if state["class"] not in kinds:
         raise ValueError(f"unknown structure {state['class']!r}: upgrade pyro_ssvi")
-    return kinds[state["class"]](**fields)
+    try:
+        return kinds[state["class"]](**fields)
+    except TypeError as error:
+        raise ValueError(f"structure {dict(state)} is damaged: {error}") from None
 
 
 def _matrix_shape(shape: Sequence[int]) -> tuple[int, int]:

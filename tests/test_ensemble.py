@@ -251,7 +251,7 @@ def test_what_is_refused(tmp_path):
 
 def test_a_damaged_file_and_another_module(tmp_path):
     FILES.write(tmp_path / "damaged", {"version": 1})
-    with pytest.raises(ValueError, match="is damaged: KeyError"):
+    with pytest.raises(ValueError, match="cannot be loaded: it has no 'members'"):
         load_ensemble(tmp_path / "damaged", plain_model)
     svi = trained(Regression(), steps=2)
     ensemble = Ensemble(svi.model.model)
@@ -261,6 +261,27 @@ def test_a_damaged_file_and_another_module(tmp_path):
     other.register_buffer("more", torch.zeros(2))
     with pytest.raises(ValueError, match="another model: 'more': saved as None"):
         load_ensemble(tmp_path / "a.ensemble", other)
+
+
+def test_a_damaged_member(tmp_path):
+    _, ensemble, _ = cycles(members=2)
+    path = tmp_path / "a.ensemble"
+    ensemble.save(path)
+    first, second = FILES.read(path)["members"]
+    for key, change, match in (
+        ("scale", lambda v: -v, "(?s)member 1 of .*a.ensemble cannot .*scale is not positive"),
+        (
+            "indices",
+            lambda v: v.flip(0),
+            "(?s)member 1 of .*a.ensemble cannot .*indices of site 'w'",
+        ),
+        ("guide", lambda v: "AutoNormal", "member 1 of .*unknown guide 'AutoNormal'"),
+        ("loc", lambda v: 1, r"cannot be loaded: \['members'\]\[1\]\['loc'\] is a int"),
+    ):
+        broken = {**second, key: change(second[key])}
+        FILES.write(path, {"version": 1, "members": [first, broken]})
+        with pytest.raises(ValueError, match=match):
+            load_ensemble(path, plain_model)
 
 
 def test_parameters_that_only_members_have_do_not_stay(tmp_path):

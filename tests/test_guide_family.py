@@ -1,6 +1,7 @@
 """What every guide here has to do, each guide against its dense twin, and one of a user's own."""
 
 import math
+from itertools import permutations
 
 import pyro
 import pyro.distributions as dist
@@ -110,11 +111,8 @@ def test_the_contract(family, tmp_path):
         torch.testing.assert_close(value, quantiles[key][1])
 
 
-@pytest.mark.parametrize("family", FAMILY)
-@pytest.mark.parametrize("other", FAMILY)
+@pytest.mark.parametrize(("family", "other"), list(permutations(FAMILY, 2)))
 def test_a_state_of_another_class_is_refused(family, other):
-    if other is family:
-        return
     state = make_svi(family)
     state.step(x, y)
     state = state.state_dict()

@@ -1,5 +1,6 @@
 import copy
 import io
+import math
 import warnings
 
 import pyro
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from pyro.infer import Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from torch import nn
+from torch.distributions import transform_to
 from training_to_resume import X, Y, make
 
 from pyro_ssvi import SSVI, AutoSparseNormal, SparsePredictive, forbid_materialise, load_posterior
@@ -240,9 +242,86 @@ def test_a_file_without_a_part(tmp_path, part):
     del state[part]
     FILES.write(path, state)
     pyro.clear_param_store()
-    with pytest.raises(ValueError, match=f"is damaged: KeyError.'{part}'"):
+    with pytest.raises(ValueError, match=f"cannot be loaded: it has no '{part}'"):
         load_posterior(path, model)
     assert not list(pyro.get_param_store())
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "match"),
+    [
+        ("scale", lambda v: v * 0, r"scale is not positive at sites \['w', 'v', 'sigma'\]"),
+        ("scale", lambda v: -v, "scale is not positive"),
+        ("scale", lambda v: v * math.nan, "scale is not positive"),
+        ("scale", lambda v: v[1:], "expected a tensor scale_unconstrained"),
+        ("scale", lambda v: None, "is a NoneType, expected Tensor"),
+        ("loc", lambda v: v + math.inf, "loc is not finite"),
+        ("loc", lambda v: v.unsqueeze(-1), "parameters are damaged"),
+        ("indices", lambda v: v.flip(0), "indices of site 'w' are damaged"),
+        ("indices", lambda v: v + 0.7, "expects a 1-d int64 tensor"),
+        ("indices", lambda v: v - 200, "indices of site 'w' are damaged"),
+        ("dtype", lambda v: "int32", "dtypes are"),
+        ("dtype", lambda v: "save", "cannot be loaded"),
+        ("guide", lambda v: "AutoNormal", "unknown guide 'AutoNormal': upgrade"),
+        ("guide", lambda v: "AutoSparseDelta", "saved by a guide of another class"),
+        ("guide", lambda v: "AutoSparseLowRankMultivariateNormal", "has no 'cov_factor'"),
+        ("store", lambda v: {"bias": {**v["bias"], "value": 1.0}}, "is a float, expected Tensor"),
+        ("store", lambda v: {"bias": {**v["bias"], "constraint": 1}}, "constraint of .*'bias' is"),
+    ],
+)
+def test_numbers_that_are_no_posterior(tmp_path, key, change, match):
+    path = tmp_path / "a.posterior"
+    trained(steps=2).export(path)
+    state = FILES.read(path)
+    FILES.write(path, {**state, key: change(state[key])})
+    pyro.clear_param_store()
+    with pytest.raises(ValueError, match=match) as error:
+        load_posterior(path, model)
+    assert str(path) in str(error.value)
+    assert not list(pyro.get_param_store())
+
+
+def test_a_parameter_of_another_constraint(tmp_path):
+    """Its unconstrained value would be another one."""
+    trained(steps=2).export(tmp_path / "a.posterior")
+    pyro.clear_param_store()
+    bias = pyro.param("bias", torch.tensor(0.5))
+    with pytest.raises(ValueError, match=r"of parameter 'bias': saved as GreaterThan.*it is Real"):
+        load_posterior(tmp_path / "a.posterior", model)
+    assert pyro.param("bias") is bias
+    assert bias == 0.5
+
+
+class Own(type(dist.constraints.positive)):
+    pass
+
+
+transform_to.register(Own)(lambda constraint: dist.transforms.ExpTransform())
+
+
+def test_a_parameter_with_a_constraint_of_the_user(tmp_path):
+    def own(x, y=None):
+        pyro.param("p", torch.tensor(2.0), constraint=Own(0.0))
+        return model(x, y)
+
+    trained(own, steps=2).export(tmp_path / "a.posterior")
+    value = pyro.param("p").detach()
+    pyro.clear_param_store()
+    with pytest.raises(ValueError, match="'p' has a constraint of your own: run the model once"):
+        load_posterior(tmp_path / "a.posterior", own)
+    assert not list(pyro.get_param_store())
+    own(X)
+    load_posterior(tmp_path / "a.posterior", own)
+    assert torch.equal(pyro.param("p"), value)
+
+
+def test_a_file_beside_a_trained_guide(tmp_path):
+    svi = trained(steps=2)
+    svi.export(tmp_path / "a.posterior")
+    loc = svi.guide.loc.detach().clone()
+    with pytest.raises(ValueError, match=r"(?s)a.posterior cannot be loaded: .*store holds"):
+        load_posterior(tmp_path / "a.posterior", model)
+    assert torch.equal(svi.guide.loc, loc)
 
 
 def test_another_module_is_left_as_it_is(tmp_path):

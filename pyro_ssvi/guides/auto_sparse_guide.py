@@ -237,9 +237,12 @@ class AutoSparseGuide(AutoGuide):
         return site, loc.reshape(-1)
 
     def _refuse_stale_store(self) -> None:
-        name = f"{self._pyro_name}.loc" if self._pyro_name else "loc"
-        held = dict(pyro.get_param_store().named_parameters()).get(name)
-        if held is not None and held is not self._parameters.get("loc_unconstrained"):
+        held = dict(pyro.get_param_store().named_parameters())
+        for each in self.parameter_constraints:
+            name = f"{self._pyro_name}.{each}" if self._pyro_name else each
+            value = held.get(name)
+            if value is None or value is self._parameters.get(f"{each}_unconstrained"):
+                continue
             raise ValueError(
                 f"the parameter store holds {name!r} of another guide, or of another time, and "
                 "cannot say which coordinates its values belong to. Call "
@@ -272,7 +275,7 @@ class AutoSparseGuide(AutoGuide):
 
     def get_extra_state(self) -> dict[str, Any]:
         """The table of sites that :meth:`state_dict` carries along."""
-        return table(self.sites, self.observed)
+        return table(self.sites, self.observed, self.parameter_constraints)
 
     def set_extra_state(self, state: Any) -> None:
         """What is observed; the sites were checked, and taken, before any tensor was loaded."""
@@ -284,7 +287,12 @@ class AutoSparseGuide(AutoGuide):
     ) -> None:
         errors = lists[-1]
         try:
+            # Torch leaves it in the state, for whatever is loaded from that later.
+            if metadata.pop("assign_to_params_buffers", False):
+                raise ValueError("assign=True would part a guide from its optimizer: leave it out")
             sites = self.saved_sites(state_dict, prefix)
+            if strict:
+                self._refuse_unknown(state_dict, prefix)
         except ValueError as error:
             errors.append(str(error))
             return
@@ -299,12 +307,21 @@ class AutoSparseGuide(AutoGuide):
             self.indices = torch.empty_like(self.indices)  # the old one is in active sets
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
 
+    def _refuse_unknown(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        known = {*self.raw_names, "indices", "_extra_state", *self._parameters, *self._buffers}
+        own = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
+        unknown = [
+            key for key in own if key not in known and key.split(".")[0] not in self._modules
+        ]
+        if unknown:
+            raise ValueError(f"it does not fit this guide: it has {unknown}")
+
     def saved_sites(self, state_dict: Mapping[str, Any], prefix: str = "") -> list[Site]:
         """The sites in a state dict, once it is known that they can be loaded into this guide.
 
         :raises ValueError: if they cannot, with the difference.
         """
-        sites = read_table(state_dict, prefix, self.raw_names)
+        sites = read_table(state_dict, prefix, self.parameter_constraints)
         if not self.sites:
             differences = density_differences(sites, self.density, self.structure)
         elif not sites:
@@ -316,9 +333,33 @@ class AutoSparseGuide(AutoGuide):
                 differences.append(f"loc: saved as {dtype}, this guide's is {self.loc.dtype}")
         if differences:
             raise ValueError("it does not fit this guide: " + "; ".join(differences))
+        if sites:
+            self._check_saved(sites, [state_dict[prefix + name] for name in self.raw_names])
         if not pyro.settings.get("module_local_params"):
             self._refuse_stale_store()
         return sites
+
+    @torch.no_grad()
+    def _check_saved(self, sites: list[Site], raw: Sequence[Tensor]) -> None:
+        """Whether saved parameters are those of a posterior."""
+        shapes = [tuple(each.shape) for each in raw]
+        own = self.parameters_in_place() if self.sites else raw
+        constraints = self.parameter_constraints.values()
+        try:
+            values = [transform_to(c)(each) for c, each in zip(constraints, raw, strict=True)]
+            marginals = self.marginals(*values)
+            ok = self.valid(*values)
+            for each in marginals:
+                ok = ok & each.isfinite()
+            fits = all(each.shape == raw[0].shape[:1] for each in (*marginals, ok))
+        except (IndexError, RuntimeError):  # of operations on shapes that do not go together
+            fits = False
+        if not fits or any(a.shape != b.shape for a, b in zip(raw, own, strict=True)):
+            raise ValueError(f"its parameters are damaged: {self.raw_names} have shapes {shapes}")
+        if not ok.all():
+            parts = ok.split([site.k for site in sites])
+            bad = [site.name for site, part in zip(sites, parts, strict=True) if not part.all()]
+            raise ValueError(f"loc is not finite or scale is not positive at sites {bad}")
 
     def take_sites(
         self, sites: list[Site], raw: Sequence[torch.nn.Parameter], indices: Tensor

@@ -118,14 +118,15 @@ class AutoSparseLowRankMultivariateNormal(AutoSparseNormal):
         return self._sample_sites(plates, self.site_value, draw.movedim(-1, 0))
 
     def saved_sites(self, state_dict: Mapping[str, Any], prefix: str = "") -> list[Site]:
-        sites = super().saved_sites(state_dict, prefix)
         saved = state_dict.get(f"{prefix}cov_factor_unconstrained")
-        if saved is not None and self.rank is not None and saved.shape[1:] != (self.rank,):
+        if isinstance(saved, Tensor) and (
+            saved.dim() != 2 or not saved.shape[1] or self.rank not in (None, saved.shape[1])
+        ):
             raise ValueError(
                 "it does not fit this guide: cov_factor was saved with shape "
                 f"{tuple(saved.shape)}, this guide has rank {self.rank}"
             )
-        return sites
+        return super().saved_sites(state_dict, prefix)
 
     def take_sites(
         self, sites: list[Site], raw: Sequence[torch.nn.Parameter], indices: Tensor

@@ -11,13 +11,32 @@ import torch
 from torch import Tensor
 
 from ..active_set import ActiveSet
+from ..constraint_state import constraint_difference, constraint_state
 from ..densities import Policy
+from ..plain_data import Maybe, check_form, check_tensor
 from ..structures import Structure, count, read_structure, structure_state
 from .prototype import Structures, structure_of
 
-__all__ = ["NEEDS_MODEL", "Site", "read_table", "table", "table_differences", "take_counts"]
+__all__ = ["FORM", "NEEDS_MODEL", "Site", "read_table", "table", "table_differences", "take_counts"]
 
 VERSION = 2  # 1, which older versions read, where no site has a structure
+FORM = {
+    "version": int,
+    "observed": Maybe([str]),
+    "constraints": Maybe({str: object}),
+    "sites": [
+        {
+            "name": str,
+            "shape": [int],
+            "dtype": str,
+            "event_dim": int,
+            "k": int,
+            "initial_k": Maybe(int),  # told where they differ
+            "real": bool,
+            "structure": Maybe({"class": str}),
+        }
+    ],
+}
 
 
 class _NeedsModel:
@@ -58,15 +77,17 @@ class Site:
         return self.k < math.prod(self.shape)
 
 
-def table(sites: list[Site], observed: list[str]) -> dict[str, Any]:
+def table(sites: list[Site], observed: list[str], constraints: Mapping[str, Any]) -> dict[str, Any]:
     """The sites as plain data, all but what only the model knows: plates and transforms.
 
     :param observed: names of the sites of the model that are not the guide's.
+    :param constraints: of the guide's parameters, by name.
     """
     structured = any(site.structure is not None for site in sites)
     return {
         "version": VERSION if structured else 1,
         "observed": observed,
+        "constraints": {name: constraint_state(each) for name, each in constraints.items()},
         "sites": [
             {
                 "name": site.name,
@@ -85,11 +106,11 @@ def table(sites: list[Site], observed: list[str]) -> dict[str, Any]:
     }
 
 
-def read_table(state: Mapping[str, Any], prefix: str, parameters: Sequence[str]) -> list[Site]:
+def read_table(state: Mapping[str, Any], prefix: str, constraints: Mapping[str, Any]) -> list[Site]:
     """The sites of a saved guide; their plates and transforms are left to the model.
 
     :param state: a state dict that holds the guide's under ``prefix``.
-    :param parameters: names of the guide's parameters, ``[K, ...]`` each.
+    :param constraints: of the guide's parameters, ``[K, ...]`` each, by name.
     :raises ValueError: if it is not one of such a guide, or its tensors are damaged.
     """
     saved = state.get(f"{prefix}_extra_state")
@@ -98,32 +119,56 @@ def read_table(state: Mapping[str, Any], prefix: str, parameters: Sequence[str])
             f"no table of sites at '{prefix}_extra_state': expected what state_dict() of a sparse "
             "guide gave"
         )
-    if saved["version"] > VERSION:
+    if isinstance(saved.get("version"), int) and saved["version"] > VERSION:
         raise ValueError(
             f"it was saved by a newer pyro_ssvi (version {saved['version']} of a guide's state, "
             f"{VERSION} is known here): upgrade pyro_ssvi"
         )
-    sites = [
-        Site(
-            row["name"],
-            torch.Size(row["shape"]),
-            getattr(torch, row["dtype"]),
-            row["event_dim"],
-            row["k"],
-            [],
-            None if row["real"] else NEEDS_MODEL,
-            read_structure(row.get("structure")),
-            row.get("initial_k", row["k"]),  # told where they differ
-        )
-        for row in saved["sites"]
-    ]
+    try:
+        check_form(saved, FORM)
+        sites = [_read_site(row) for row in saved["sites"]]
+        names = [site.name for site in sites]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two sites of one name among {names}")
+        if sum(site.k - site.initial_k for site in sites):
+            raise ValueError("active coordinates were lost")
+    except (OverflowError, TypeError, ValueError) as error:
+        raise ValueError(f"its table of sites is damaged: {error}") from error
+    parameters = [f"{name}_unconstrained" for name in constraints]
+    own = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
     if sites:
-        own = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
         unknown = [key for key in own if key.endswith("_unconstrained") and key not in parameters]
         if unknown:
             raise ValueError(f"it has {unknown}: it was saved by a guide of another class")
         _check_tensors(sites, own, parameters)
+    elif own.keys() & {*parameters, "indices"}:
+        raise ValueError("its table of sites is damaged: it has parameters, but no sites")
+    told = saved.get("constraints", dict.fromkeys(constraints))  # older files do not tell
+    if told.keys() != constraints.keys():
+        raise ValueError(f"it has {list(told)}: it was saved by a guide of another class")
+    for name, constraint in told.items():
+        difference = constraint_difference(constraint, constraints.get(name))
+        if difference:
+            raise ValueError(f"the constraint of {name!r}: {difference}")
     return sites
+
+
+def _read_site(row: Mapping[str, Any]) -> Site:
+    shape, dtype = torch.Size(row["shape"]), getattr(torch, row["dtype"], None)
+    k, numel = row["k"], math.prod(shape)
+    initial_k = row.get("initial_k", k)
+    sizes_fit = all(size >= 0 for size in shape) and numel < 2**63
+    counts_fit = all(min(numel, 1) <= count <= numel for count in (k, initial_k))
+    if not (sizes_fit and counts_fit and 0 <= row["event_dim"] <= len(shape)):
+        raise ValueError(f"site {row['name']!r} cannot be {dict(row)}")
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"site {row['name']!r} cannot be of {row['dtype']!r}")
+    if k < numel and not row["real"]:
+        raise ValueError(f"site {row['name']!r} is sparse, and constrained")
+    transform = None if row["real"] else NEEDS_MODEL
+    structure = read_structure(row.get("structure"))
+    event_dim = row["event_dim"]
+    return Site(row["name"], shape, dtype, event_dim, k, [], transform, structure, initial_k)
 
 
 def _check_tensors(sites: list[Site], state: Mapping[str, Any], parameters: Sequence[str]) -> None:
@@ -136,8 +181,10 @@ def _check_tensors(sites: list[Site], state: Mapping[str, Any], parameters: Sequ
                 f"expected a tensor {name} of shape ({size},), got {got}: it is damaged, or was "
                 "saved by a guide of another class"
             )
-    if sum(site.k - site.initial_k for site in sites):
-        raise ValueError("its table of sites is damaged: active coordinates were lost")
+        check_tensor(tensor, name)
+    dtypes = {name: state[name].dtype for name in parameters}
+    if len(set(dtypes.values())) > 1 or not all(d.is_floating_point for d in dtypes.values()):
+        raise ValueError(f"its parameters are damaged: their dtypes are {dtypes}")
     indices = state["indices"]
     for site, part in zip(sparse, indices.split([site.k for site in sparse]), strict=True):
         try:
