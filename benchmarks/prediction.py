@@ -150,14 +150,14 @@ def compare(title: str, contenders: list[Contender], args: argparse.Namespace) -
     for pipe in pipes:
         pipe.send(0)
     print(
-        f"\n{title:24}{'ms':>8}{'min .. max':>16}{'times faster':>14}{'peak MB above set-up':>22}"
+        f"\n{title:24}{'ms':>8}{'min .. max':>18}{'times faster':>14}{'peak MB above set-up':>22}"
         f"{'file MB':>10}{'smaller':>9}"
     )
     for contender, each, grown, size in zip(contenders, times, memory, sizes, strict=True):
         ratio = statistics.median(a / b for a, b in zip(times[0], each, strict=True))
         span = f"{1e3 * min(each):.1f} .. {1e3 * max(each):.1f}"
         print(
-            f"{contender.name:24}{1e3 * statistics.median(each):8.1f}{span:>16}{ratio:13.1f}x"
+            f"{contender.name:24}{1e3 * statistics.median(each):8.1f}{span:>18}{ratio:13.1f}x"
             f"{grown / 2**20:22.1f}{size / 1e6:10.2f}{sizes[0] / size:8.1f}x",
             flush=True,
         )
