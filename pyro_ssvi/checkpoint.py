@@ -6,9 +6,11 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from functools import partial
+from inspect import unwrap
 from types import NoneType
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro.infer.autoguide import AutoGuide
@@ -339,31 +341,39 @@ class Staged:
             names.update(before)
 
     def _try_a_step(self, key: str, parameter: Tensor, saved: Mapping[str, Any]) -> None:
-        """Have an optimizer with this state step a copy: only it can tell what it needs."""
+        """Have an optimizer step a copy, without this state and with it.
+
+        Only an optimizer can tell what it needs. One of the user's may need more than a gradient,
+        and is not asked.
+        """
         copied = parameter.detach().clone().requires_grad_()
         names = pyro.get_param_store()._param_to_name
         names[copied] = names.get(parameter, key)
         made = self.svi.optim._get_optim(copied)
         optimizer = made.optimizer if is_scheduler(made) else made
-        options = dict(optimizer.param_groups[0])
+        options, first = dict(optimizer.param_groups[0]), dict(optimizer.state.get(copied, {}))
         _load_state_dict(made, copy.deepcopy(saved["state"]))
         for name, value in optimizer.param_groups[0].items():
-            if name != "params" and not _alike(value, options.get(name)):
+            nan = isinstance(value, float) and math.isnan(value)
+            if name != "params" and (nan or not _alike(value, options.get(name))):
                 self._refuse_optimizer(key, f"{name!r} was saved as {value!r}")
         state = dict(optimizer.state.get(copied, {}))
         for name, value in state.items():
             if isinstance(value, Tensor):
                 check_tensor(value, repr(name))
-                if value.dim() == copied.dim() and value.shape != copied.shape:
-                    words = f"{name!r} was saved with shape {tuple(value.shape)}"
-                    self._refuse_optimizer(key, f"{words}, the parameter has {tuple(copied.shape)}")
-                    return
-        copied.grad = torch.zeros_like(copied)
-        with leaving_no_trace():
-            optimizer.step()
-        if not copied.isfinite().all() and parameter.isfinite().all():
-            self._refuse_optimizer(key, "its numbers are not finite")
-        if saved["grad"] and optimizer.state.get(copied) and not state:
+        fresh = _after_a_step(optimizer, copied, first)
+        if fresh is None:
+            return
+        with torch.no_grad():
+            copied.copy_(parameter)
+        if _after_a_step(optimizer, copied, copy.deepcopy(state)) is None:
+            self._refuse_optimizer(key, f"it cannot go on from {sorted(state)} as they were saved")
+        tensors = {name: value for name, value in fresh.items() if isinstance(value, Tensor)}
+        for name, value in tensors.items():
+            if isinstance(state.get(name), Tensor) and state[name].shape != value.shape:
+                words = f"{name!r} was saved with shape {tuple(state[name].shape)}"
+                self._refuse_optimizer(key, f"{words}, expected {tuple(value.shape)}")
+        if saved["grad"] and tensors and not state:
             self._refuse_optimizer(key, "what it had of earlier steps is not in it")
 
     def _refuse_optimizer(self, key: str, why: str) -> None:
@@ -475,13 +485,35 @@ def _own_constraints(svi: Any) -> dict[str, Any]:
     }
 
 
+def _after_a_step(optimizer: Any, parameter: Tensor, state: dict[str, Any]) -> Any:
+    """What an optimizer has after a step from some state.
+
+    :return: ``None`` if it can take none that leaves finite numbers, or is not torch's or Pyro's.
+    """
+    own = type(optimizer).__module__.startswith(("torch.optim", "pyro.optim"))
+    if not own or optimizer.param_groups[0].get("subsample_aware"):
+        return None
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.state[parameter] = state
+    try:
+        with leaving_no_trace(), torch.no_grad():
+            unwrap(type(optimizer).step)(optimizer)  # past the hooks of others
+    except Exception:
+        return None
+    return dict(optimizer.state[parameter]) if parameter.isfinite().all() else None
+
+
 def _alike(saved: Any, ours: Any) -> bool:
     """Whether a setting of an optimizer can stand for another."""
     if isinstance(saved, (list, tuple)) and isinstance(ours, (list, tuple)):
         return len(saved) == len(ours) and all(map(_alike, saved, ours))
-    numbers = (int, float)
-    both = type(saved) in numbers and type(ours) in numbers
-    return both or saved is None or ours is None or type(saved) is type(ours)
+    return saved is None or ours is None or _kind(saved) is _kind(ours)
+
+
+def _kind(value: Any) -> type:
+    if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.dim() == 0):
+        value = value.item()
+    return float if type(value) is int else type(value)
 
 
 def _described_tensor(value: Any) -> str:

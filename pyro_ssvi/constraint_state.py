@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from pyro.distributions import constraints as pyro_constraints
 from torch import Tensor
@@ -19,7 +20,7 @@ __all__ = ["check_constrained", "constraint_difference", "constraint_state", "re
 def constraint_state(constraint: Any) -> Any:
     """A constraint of torch or Pyro by its class and fields; ``None`` for one of the user's."""
     if not isinstance(constraint, Constraint):
-        return constraint
+        return constraint.item() if isinstance(constraint, np.generic) else constraint
     if _constraint_class(type(constraint).__name__) is not type(constraint):
         return None
     fields = {}
@@ -95,4 +96,5 @@ def _same(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return torch.equal(a.cpu(), b.cpu())
-    return type(a) is type(b) and a == b
+    numbers = all(type(each) in (int, float) for each in (a, b))
+    return (numbers or type(a) is type(b)) and a == b

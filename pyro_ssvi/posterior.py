@@ -221,7 +221,11 @@ def _new_guide(state: Mapping[str, Any], model: Callable) -> tuple[AutoSparseGui
     indices = state["indices"]
     if indices.dtype == torch.int32:
         indices = indices.to(torch.int64)
-    return guide, {**values, "indices": indices, "_extra_state": state["sites"]}
+    # Values are constrained, and this guide may have other constraints: their names have to do.
+    table = state["sites"]
+    if "constraints" in table:
+        table = {**table, "constraints": dict.fromkeys(table["constraints"])}
+    return guide, {**values, "indices": indices, "_extra_state": table}
 
 
 def refuse_another(state: Mapping[str, Any], model: Callable, path: str | os.PathLike) -> None:
@@ -256,7 +260,7 @@ def _described(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return type(value).__name__
     dense = value.layout == torch.strided and not value.is_meta
-    return tuple(value.shape) if dense else (tuple(value.shape), value.layout, value.device)
+    return tuple(value.shape) if dense else (tuple(value.shape), value.layout, value.is_meta)
 
 
 def _takes(store: Any, name: str, entry: Mapping[str, Any]) -> bool:

@@ -160,7 +160,11 @@ def _alone(path: str) -> Iterator[None]:
             with suppress(OSError):  # of a file system that knows no locks
                 fcntl.flock(file, fcntl.LOCK_EX)
             # The one that we waited for may have given the file its new name.
-            if os.path.exists(path) and os.path.samestat(os.fstat(file), os.stat(path)):
+            try:
+                same = os.path.samestat(os.fstat(file), os.stat(path))
+            except FileNotFoundError:
+                same = False
+            if same:
                 yield
                 return
         finally:

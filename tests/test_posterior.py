@@ -14,7 +14,14 @@ from torch import nn
 from torch.distributions import transform_to
 from training_to_resume import X, Y, make
 
-from pyro_ssvi import SSVI, AutoSparseNormal, SparsePredictive, forbid_materialise, load_posterior
+from pyro_ssvi import (
+    SSVI,
+    AutoSparseNormal,
+    Ensemble,
+    SparsePredictive,
+    forbid_materialise,
+    load_posterior,
+)
 from pyro_ssvi.nn import SparseNetwork, bayesianize
 from pyro_ssvi.posterior import FILES
 
@@ -279,6 +286,25 @@ def test_numbers_that_are_no_posterior(tmp_path, key, change, match):
         load_posterior(path, model)
     assert str(path) in str(error.value)
     assert not list(pyro.get_param_store())
+
+
+class Interval(AutoSparseNormal):
+    scale_constraint = dist.constraints.interval(0.001, 0.1)
+
+
+def test_a_guide_with_a_constraint_of_its_own(tmp_path):
+    pyro.set_rng_seed(0)
+    pyro.clear_param_store()
+    guide = Interval(model, density=0.3)
+    svi = SSVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    svi.step(X, Y)
+    svi.export(tmp_path / "a.posterior")
+    ensemble = Ensemble(model)
+    ensemble.add(svi)
+    pyro.clear_param_store()
+    loaded = load_posterior(tmp_path / "a.posterior", model)
+    for each in (loaded, ensemble.members[0]):
+        torch.testing.assert_close(each.scale, guide.scale)
 
 
 def test_a_parameter_of_another_constraint(tmp_path):

@@ -205,6 +205,21 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(path, tmp_path):
     assert os.listdir(tmp_path) == ["a"]
 
 
+def test_another_takes_the_file_away_while_one_waits_for_it(path, monkeypatch):
+    calls, real = [], os.stat
+
+    def gone_at_first(name, *args, **kwargs):
+        if str(name).endswith(".part") and not calls:
+            calls.append(name)
+            raise FileNotFoundError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", gone_at_first)
+    FILES.write(path, {"version": 1, "n": 2})
+    assert calls
+    assert FILES.read(path)["n"] == 2
+
+
 def test_several_that_write_to_one_path_at_once(path, tmp_path):
     """Each file is whole, whoever wrote it, and no writing fails. Locks are of open files."""
     states = [{"version": 1, "a": torch.full((50_000 * (i + 1),), float(i))} for i in range(3)]
