@@ -545,6 +545,12 @@ class Normalised(torch.optim.Optimizer):
         lambda: pyro.optim.Adagrad({"lr": 0.01}),
         lambda: pyro.optim.ClippedAdam({"lr": 0.01}),
         lambda: pyro.optim.SGD({"lr": 1e-6}),
+        pytest.param(
+            lambda: pyro.optim.PyroOptim(torch.optim.Adafactor, {"lr": 0.01}),
+            marks=pytest.mark.skipif(
+                not hasattr(torch.optim, "Adafactor"), reason="torch has no Adafactor"
+            ),
+        ),
     ],
 )
 def test_valid_states_of_optimizers_load(optim):
@@ -563,6 +569,20 @@ def test_valid_states_of_optimizers_load(optim):
     assert not called
     hook.remove()
     assert fingerprint(fresh.state_dict()) == fingerprint(state)
+
+
+def test_bounds_in_numbers_of_numpy():
+    def model(x, y=None):
+        bounds = dist.constraints.interval(np.float64(0.01), np.float64(2.0))
+        pyro.param("bounded", torch.tensor(0.5), constraint=bounds)
+        return bnn(x, y)
+
+    state = trained(model=model).state_dict()
+    pyro.clear_param_store()
+    svi = make(model=model)
+    train(svi, 1)
+    svi.load_state_dict(state)
+    assert fingerprint(svi.state_dict()) == fingerprint(state)
 
 
 def with_damage(state, place, change):
