@@ -358,22 +358,25 @@ class Staged:
             if name != "params" and (nan or not _alike(value, options.get(name))):
                 self._refuse_optimizer(key, f"{name!r} was saved as {value!r}")
         state = dict(optimizer.state.get(copied, {}))
-        for name, value in state.items():
-            if isinstance(value, Tensor):
-                check_tensor(value, repr(name))
         fresh = _after_a_step(optimizer, copied, first)
+        for name, value in state.items():
+            if not isinstance(value, Tensor):
+                continue
+            check_tensor(value, repr(name))
+            if fresh is not None:
+                like = fresh.get(name)
+            else:  # it was not asked: vectors are like a vector
+                like = copied if value.dim() == copied.dim() == 1 else None
+            if isinstance(like, Tensor) and value.shape != like.shape:
+                words = f"{name!r} was saved with shape {tuple(value.shape)}"
+                self._refuse_optimizer(key, f"{words}, expected {tuple(like.shape)}")
         if fresh is None:
             return
         with torch.no_grad():
             copied.copy_(parameter)
-        if _after_a_step(optimizer, copied, copy.deepcopy(state)) is None:
+        if _after_a_step(optimizer, copied, dict(state)) is None:
             self._refuse_optimizer(key, f"it cannot go on from {sorted(state)} as they were saved")
-        tensors = {name: value for name, value in fresh.items() if isinstance(value, Tensor)}
-        for name, value in tensors.items():
-            if isinstance(state.get(name), Tensor) and state[name].shape != value.shape:
-                words = f"{name!r} was saved with shape {tuple(state[name].shape)}"
-                self._refuse_optimizer(key, f"{words}, expected {tuple(value.shape)}")
-        if saved["grad"] and tensors and not state:
+        if saved["grad"] and not state and any(isinstance(v, Tensor) for v in fresh.values()):
             self._refuse_optimizer(key, "what it had of earlier steps is not in it")
 
     def _refuse_optimizer(self, key: str, why: str) -> None:

@@ -571,6 +571,27 @@ def test_valid_states_of_optimizers_load(optim):
     assert fingerprint(fresh.state_dict()) == fingerprint(state)
 
 
+class Smoothed(Normalised):
+    """Of a user's, with a state."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                old = self.state[p].get("buffer", torch.zeros_like(p))
+                self.state[p]["buffer"] = 0.9 * old + p.grad
+        super().step()
+
+
+def test_moments_of_a_user_s_optimizer_have_the_parameter_s_shape():
+    svi = make(optim=pyro.optim.PyroOptim(Smoothed, {"lr": 0.01}))
+    train(svi, 2)
+    state = svi.state_dict()
+    place = (*OPTIM, "state", "state", 0, "buffer")
+    with pytest.raises(ValueError, match="'buffer' was saved with shape"):
+        svi.load_state_dict(with_damage(state, place, lambda v: v[1:]))
+    svi.load_state_dict(state)
+
+
 def test_bounds_in_numbers_of_numpy():
     def model(x, y=None):
         bounds = dist.constraints.interval(np.float64(0.01), np.float64(2.0))
