@@ -11,7 +11,7 @@ import pyro
 import torch
 import torch.distributed as dist
 from pyro import poutine
-from pyro.infer.util import torch_item
+from pyro.infer.util import torch_item, zero_grads
 from torch import Tensor
 
 from . import checkpoint, posterior
@@ -246,7 +246,8 @@ class DistributedSSVI(SSVI):
             due = " with an exchange" if self.schedule.due(now) else ""
             rows = self._meet(f"take step {now}{due}", error, numbers)
         except Exception:
-            self._drop_gradients(params)
+            zero_grads(set(params.values()))
+            self._record = GradientRecord()
             raise
         sums = [sum(column) for column in zip(*rows, strict=True)]
         means = [each / self.world_size for each in sums[: len(losses)]]

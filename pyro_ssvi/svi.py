@@ -269,15 +269,11 @@ class SSVI(SVI):
                 with capture:
                     loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
         except BaseException:
-            self._drop_gradients(_used(capture))
+            # The next step is not to add to what this one left.
+            zero_grads(set(_used(capture).values()))
             self._record = before
             raise
         return loss, _used(capture)
-
-    def _drop_gradients(self, params: dict[str, Tensor]) -> None:
-        """Forget a step that has failed: the next one is not to add to what it left."""
-        zero_grads(set(params.values()))
-        self._record = GradientRecord()
 
     def _loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Any:
         weight = self._kl_weight()
