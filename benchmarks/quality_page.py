@@ -81,7 +81,9 @@ def name(setting: Setting) -> str:
         return "dense, local reparameterisation"
     if setting.method == "low-rank":
         return f"SSVI {percent}, correlated"
-    return f"SSVI {percent}"
+    tiles = f"tiles {setting.structure.replace('x', ' x ')}"
+    words = {"single": "", "n:m": ", groups: 2 of 49, and 1 of 20"}
+    return f"SSVI {percent}" + words.get(setting.structure, f", {tiles}")
 
 
 def quality(groups: Sequence[tuple[Setting, list[dict[str, Any]]]], label: Callable) -> str:
@@ -96,8 +98,9 @@ def quality(groups: Sequence[tuple[Setting, list[dict[str, Any]]]], label: Calla
 
 def with_epochs(setting: Setting) -> str:
     weight = f", KL weight {setting.kl_weight:g}"
-    named = name(setting) if setting.structure == "single" else with_structure(setting)
-    return f"{named}, {setting.epochs} epochs" + (weight if setting.kl_weight != 0.1 else "")
+    return f"{name(setting)}, {setting.epochs} epochs" + (
+        weight if setting.kl_weight != 0.1 else ""
+    )
 
 
 def with_net(setting: Setting) -> str:
@@ -111,9 +114,7 @@ def as_called(setting: Setting) -> str:
 
 
 def with_structure(setting: Setting) -> str:
-    words = {"single": "single coordinates", "n:m": "groups: 2 of 49, and 1 of 20"}
-    tiles = f"tiles {setting.structure.replace('x', ' x ')}"
-    return f"{name(setting)}, {words.get(setting.structure, tiles)}"
+    return name(setting) + (", single coordinates" if setting.structure == "single" else "")
 
 
 def difference(setting: Setting) -> str:
@@ -213,8 +214,6 @@ def steps(results: Results) -> str:
     for row in last:
         setting = Setting(**row["setting"])
         label = name(setting) if setting.net == "400-400" else with_net(setting)
-        if setting.structure != "single":
-            label = with_structure(setting)
         if setting.batch_size != SPARSE.batch_size:
             label += f", batch {setting.batch_size}"
         label += ", local reparameterisation" if setting.local and setting.density < 1 else ""
