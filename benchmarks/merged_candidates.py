@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from pyro_ssvi import SSVI, AutoSparseNormal, CosineSchedule
 from pyro_ssvi.addition import Gradient
+from pyro_ssvi.allocation import as_they_are
 from pyro_ssvi.exchange import read_at, top_inactive
 from pyro_ssvi.gradient_record import GradientRecord
 from pyro_ssvi.nn import bayesianize
@@ -55,8 +56,9 @@ def compared(svi: SSVI, share: float, batches: list[tuple[Tensor, Tensor]]) -> T
         def mean(start: int, stop: int, active=active) -> Tensor:
             return torch.stack([r.block(active, start, stop) for r in records]).mean(0).abs()
 
-        best, scores = top_inactive(active, n, mean)
-        proposals = [Gradient().propose(active, n, record)[0] for record in records]
+        wanted = [(n, as_they_are)]
+        ((best, scores),) = top_inactive(active, wanted, mean)
+        proposals = [Gradient().propose(active, wanted, record)[0][0] for record in records]
         proposals = torch.cat(proposals).unique()
         chosen = read_at(active, proposals, mean).topk(n).values
         found = torch.isin(best, proposals).sum()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .active_set import ActiveSet, draw_distinct
-from .allocation import Compare, Rounds, as_they_are, fill
+from .allocation import Proposals, Rounds, as_they_are, fill
 from .distributions import rows_of, taken
 from .evidence import addition_gain, laplace
 from .exchange import read_at, top_inactive, unit_scores
@@ -30,7 +30,7 @@ __all__ = [
 
 
 class Addition:
-    """A criterion. Its subclasses say how inactive coordinates, or tiles of them, compare.
+    """A criterion. Its subclasses give inactive coordinates, or tiles of them, their scores.
 
     One that wants gradients has :meth:`read` and :meth:`scores_at`, too, for several processes.
 
@@ -47,22 +47,29 @@ class Addition:
         """How many of ``n`` are chosen by which function of the scores, one after the other."""
         return [(n, as_they_are)]
 
+    def scores(self, active: ActiveSet, start: int, stop: int, record: GradientRecord) -> Tensor:
+        """The scores of some rows of a site's units, single coordinates or tiles; the largest are
+        added.
+
+        :return: ``[stop - start, cols]``, of the matrix ``active.units.matrix_shape``.
+        """
+        raise NotImplementedError
+
     def propose(
         self,
         active: ActiveSet,
-        m: int,
+        rounds: Rounds,
         record: GradientRecord,
-        compare: Compare = as_they_are,
         room: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The ``m`` best inactive units of a site, single coordinates or tiles.
+    ) -> Proposals:
+        """The best inactive units of a site, for each round, as
+        :func:`pyro_ssvi.exchange.top_inactive` gives them.
 
-        :param compare: a function of the units' scores; the largest results are best.
         :param room: in groups that keep their number, how many of each, as
             :func:`pyro_ssvi.exchange.room` has it.
-        :return: flat indices in ``active.units``, and what ``compare`` made of their scores.
         """
-        raise NotImplementedError
+        scores = partial(self.scores, active, record=record)
+        return top_inactive(active, rounds, scores, room=room)
 
     def read(self, active: ActiveSet, indices: Tensor, record: GradientRecord) -> Tensor:
         """What scores are computed from, at sorted flat indices of coordinates: sums that processes
@@ -87,19 +94,19 @@ class Addition:
 def choose_from(
     criterion: Addition,
     n: int,
-    propose: Callable[[int, Compare], tuple[Tensor, Tensor]],
+    propose: Callable[[Rounds], Proposals],
     room: Tensor | None = None,
 ) -> Tensor:
     """``n`` inactive units of one site, as flat indices.
 
-    :param propose: ``propose(m, compare)`` gives the ``m`` best, as :meth:`Addition.propose`.
+    :param propose: gives the best for some rounds, as :meth:`Addition.propose`.
     :param room: as there.
     :raises FloatingPointError: if one of the ``n`` largest scores is not finite.
     """
     rounds = criterion.rounds(n)
     if room is not None and len(rounds) > 1:
         rounds = [(n, as_they_are)]  # what one round leaves of a group is too little for another
-    return fill(rounds, lambda _, m, compare: propose(m, compare), [0], [n])[0]
+    return fill(rounds, lambda _, wanted: propose(wanted), [0], [n])[0]
 
 
 @dataclass(frozen=True)
@@ -112,8 +119,7 @@ class Gradient(Addition):
     The largest gradients of one moment often belong to the same units and want the same thing.
     ``sampled`` is the share of the added coordinates that is drawn instead, from all the others,
     without replacement, with probabilities in proportion to their scores: those that come first
-    in an exponential race. That takes a random number for each coordinate of the site, and the
-    gradient a second time.
+    in an exponential race. That takes a random number for each coordinate of the site.
 
     :param batches: gradients are averaged over the last so many steps before an exchange.
     :param samples: and in each over so many draws; all but the step's own cost a pass each.
@@ -148,16 +154,9 @@ class Gradient(Addition):
             (0, as_they_are)
         ]
 
-    def propose(
-        self,
-        active: ActiveSet,
-        m: int,
-        record: GradientRecord,
-        compare: Compare = as_they_are,
-        room: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        units = unit_scores(active, lambda a, b: self.scores(record.block(active, a, b)))
-        return top_inactive(active, m, lambda a, b: compare(units(a, b)), room=room)
+    def scores(self, active: ActiveSet, start: int, stop: int, record: GradientRecord) -> Tensor:
+        units = unit_scores(active, lambda a, b: self._of(record.block(active, a, b)))
+        return units(start, stop)
 
     def read(self, active: ActiveSet, indices: Tensor, record: GradientRecord) -> Tensor:
         """The gradient's sum over batches and samples, ``[n]``."""
@@ -171,9 +170,9 @@ class Gradient(Addition):
         record: GradientRecord,
         processes: int = 1,
     ) -> Tensor:
-        return self.scores(sums)
+        return self._of(sums)
 
-    def scores(self, total: Tensor) -> Tensor:
+    def _of(self, total: Tensor) -> Tensor:
         """The scores of coordinates, of the same shape as the gradient.
 
         :param total: the gradient's sum over batches and samples.
@@ -192,35 +191,39 @@ class Gradient(Addition):
 
 def race(scores: Tensor) -> Tensor:
     """Speeds of an exponential race: the first ``n`` are ``n`` draws in proportion to scores."""
-    # Half precision has no such small times.
+    # Half precision has no such small times. The logarithm of a uniform number takes a fifth of
+    # the time of exponential_(), on CPU; it is 0 now and then, where half of the smallest is meant.
     dtype = torch.promote_types(scores.dtype, torch.float32)
-    return scores / torch.empty_like(scores, dtype=dtype).exponential_().clamp_(min=1e-20)
+    times = torch.empty_like(scores, dtype=dtype).uniform_().neg_().log1p_()
+    return scores / times.clamp_(max=-(2.0**-25)).neg_()
 
 
 @dataclass(frozen=True)
 class Random(Addition):
     """Add inactive coordinates drawn uniformly, as SET does."""
 
+    def scores(self, active: ActiveSet, start: int, stop: int, record: GradientRecord) -> Tensor:
+        return torch.rand(stop - start, active.units.matrix_shape[1], device=active.device)
+
     def propose(
         self,
         active: ActiveSet,
-        m: int,
+        rounds: Rounds,
         record: GradientRecord,
-        compare: Compare = as_they_are,
         room: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        units = active.units
+    ) -> Proposals:
         if room is not None:
-            cols = active.matrix_shape[1]
-            return top_inactive(
-                active, m, lambda a, b: torch.rand(b - a, cols, device=active.device), room=room
-            )
+            return super().propose(active, rounds, record, room)
+        return [self._first_to_arrive(active.units, m) for m, _ in rounds]
+
+    def _first_to_arrive(self, units: ActiveSet, m: int) -> tuple[Tensor, Tensor]:
+        """Some units, without a look at the others."""
         chosen = draw_distinct(units.numel(), m, exclude=units.indices)
         # Scores that make those of all sites alike: every inactive unit arrives after a time of
         # its own, exponentially distributed, and these are the first to arrive.
-        waiting = units.numel() - len(units) - torch.arange(m, device=active.device)
-        steps = torch.empty(m, dtype=torch.float64, device=active.device).exponential_() / waiting
-        order = torch.randperm(m, device=active.device)  # they come sorted
+        waiting = units.numel() - len(units) - torch.arange(m, device=units.device)
+        steps = torch.empty(m, dtype=torch.float64, device=units.device).exponential_() / waiting
+        order = torch.randperm(m, device=units.device)  # they come sorted
         return chosen[order], -steps.cumsum(0)
 
 
@@ -245,20 +248,8 @@ class Evidence(Addition):
         if not isinstance(self.batches, int) or self.batches < 1:
             raise ValueError(f"Evidence expects batches >= 1, got {self.batches!r}")
 
-    def propose(
-        self,
-        active: ActiveSet,
-        m: int,
-        record: GradientRecord,
-        compare: Compare = as_they_are,
-        room: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The ``m`` best inactive coordinates and their gains in nats."""
-        gains = partial(self.gains, active, record=record)
-        return top_inactive(active, m, lambda a, b: compare(gains(a, b)), room=room)
-
-    def gains(self, active: ActiveSet, start: int, stop: int, record: GradientRecord) -> Tensor:
-        """The gains of these rows of the site's matrix."""
+    def scores(self, active: ActiveSet, start: int, stop: int, record: GradientRecord) -> Tensor:
+        """The gains in nats of these rows of the site's matrix."""
         sums = torch.stack([record.block(active, start, stop), record.squares(active, start, stop)])
         scale = rows_of(record.priors[active].normal.scale, start, stop)
         return addition_gain(*self.parabola(active, sums, record), scale)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ __all__ = [
     "ALLOCATIONS",
     "FLOOR",
     "Compare",
+    "Proposals",
     "Room",
     "Rounds",
     "as_they_are",
@@ -89,6 +91,8 @@ def depart(rooms: Sequence[Room], removal: Sequence[Tensor], share: float) -> li
 Compare = Callable[[Tensor], Tensor]
 #: How many are chosen by which function, one round after the other.
 Rounds = list[tuple[int, Compare]]
+#: For each round the indices of the best, and their compared scores.
+Proposals = list[tuple[Tensor, Tensor]]
 
 
 def as_they_are(scores: Tensor) -> Tensor:
@@ -97,31 +101,32 @@ def as_they_are(scores: Tensor) -> Tensor:
 
 def fill(
     rounds: Rounds,
-    propose: Callable[[int, int, Compare], tuple[Tensor, Tensor]],
+    propose: Callable[[int, Rounds], Proposals],
     least: Sequence[int],
     most: Sequence[int],
 ) -> list[Tensor]:
     """The best of several pools together, round by round.
 
     :param rounds: how many are chosen by which function of their scores.
-    :param propose: ``propose(i, m, compare)`` gives the ``m`` best of pool ``i``, as indices and
-        compared scores; the largest are chosen.
+    :param propose: ``propose(i, wanted)`` gives the best of pool ``i`` for all rounds at once: for
+        each ``m, compare`` in ``wanted`` the indices and compared scores of the ``m`` best.
     :param least: how many of each pool are chosen at least.
     :param most: and how many at most.
     :return: the indices chosen of each pool.
     :raises FloatingPointError: if one of the largest scores is not finite.
     """
+    # So many that enough are left when those that rounds before have chosen are gone.
+    sums = list(accumulate(n for n, _ in rounds))
+    wanted = [(n, compare) for n, (_, compare) in zip(sums, rounds, strict=True)]
+    proposals = [
+        propose(i, [(min(n, cap), compare) for n, compare in wanted]) for i, cap in enumerate(most)
+    ]
     chosen: list[Tensor] = []
-    left = sum(n for n, _ in rounds)
-    for n, compare in rounds:
+    for (n, _), total, *pools in zip(rounds, sums, *proposals, strict=True):
         have = [len(each) for each in chosen] or [0] * len(most)
         need = [max(0, low - k) for low, k in zip(least, have, strict=True)]
         free = [cap - k for cap, k in zip(most, have, strict=True)]
-        # So many that enough are left when those that are chosen already have gone.
-        pools = [
-            propose(i, min(n, cap) + k, compare)
-            for i, (cap, k) in enumerate(zip(free, have, strict=True))
-        ]
+        left = sums[-1] - total + n
         scores = [
             score.masked_fill(torch.isin(indices, chosen[i]), -math.inf) if chosen else score
             for i, (indices, score) in enumerate(pools)
@@ -132,7 +137,6 @@ def fill(
             raise FloatingPointError("its gradient is not finite")
         new = [indices[p] for (indices, _), p in zip(pools, places, strict=True)]
         chosen = [torch.cat(pair) for pair in zip(chosen, new, strict=True)] if chosen else new
-        left -= n
     return chosen
 
 

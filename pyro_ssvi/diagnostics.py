@@ -170,7 +170,7 @@ def _promising(active: ActiveSet, record: GradientRecord) -> int:
     rows, cols = active.matrix_shape
     step = rows_at_once(cols)
     total = sum(
-        int((criterion.gains(active, start, min(start + step, rows), record) > 0).sum())
+        int((criterion.scores(active, start, min(start + step, rows), record) > 0).sum())
         for start in range(0, rows, step)
     )
     sums = criterion.read(active, active.indices, record)

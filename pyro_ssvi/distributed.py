@@ -17,7 +17,7 @@ from torch import Tensor
 from . import checkpoint, posterior
 from .active_set import ActiveSet
 from .addition import Evidence
-from .allocation import Compare
+from .allocation import Proposals, Rounds
 from .errors import warn_caller
 from .exchange import best
 from .gradient_record import GradientRecord
@@ -300,11 +300,12 @@ class DistributedSSVI(SSVI):
                 for name, choice in own.items()
             }
 
-            def propose(
-                active: ActiveSet, m: int, compare: Compare, room: Tensor | None
-            ) -> tuple[Tensor, Tensor]:
+            def propose(active: ActiveSet, rounds: Rounds, room: Tensor | None) -> Proposals:
                 candidates, scores = pools[active]
-                return best(active, candidates, compare(scores), min(m, len(scores)), room)
+                return [
+                    best(active, candidates, compare(scores), min(m, len(scores)), room)
+                    for m, compare in rounds
+                ]
 
             added = self._in_all(
                 "choose coordinates", lambda: self._arrivals(guide, removed, propose)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .active_set import ActiveSet
+from .allocation import Proposals, Rounds
 from .structures import NM
 from .tiling import Tiling
 
@@ -148,54 +149,79 @@ def unit_scores(
 
 def top_inactive(
     active: ActiveSet,
-    n: int,
+    rounds: Rounds,
     block: Callable[[int, int], Tensor],
     block_bytes: int | None = None,
     room: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The ``n`` inactive units, mostly single coordinates, with the largest scores.
+) -> Proposals:
+    """The inactive units, mostly single coordinates, with the largest scores.
 
-    Scores are asked for by blocks of rows, and only those that may be among the largest are
-    kept: the memory needed does not grow with the site.
+    Scores are asked for by blocks of rows, once for all rounds, and only those that may be among
+    the largest are kept: the memory needed does not grow with the site.
 
+    :param rounds: how many are wanted, and by which function of their scores.
     :param block: ``block(start, stop)`` gives the scores of these rows of the units' matrix, see
         :func:`unit_scores`.
     :param block_bytes: size of a block of float32 scores, :data:`BLOCK_BYTES` by default.
     :param room: how many are taken in each group, as :func:`room` gave.
-    :return: their flat indices and scores, both ``[n]``. NaN counts as the largest score. Where
-        there are not so many with a score above -inf, the rest have -inf, and any index, or are
-        missing.
+    :return: for each ``n, compare`` of the rounds flat indices and compared scores, both ``[n]``.
+        NaN counts as the largest. Where there are not so many above -inf, the rest have -inf, and
+        any index, or are missing.
     """
     step = rows_at_once(active.matrix_shape[1] * active.tile[0], block_bytes)
     structure, active = active.structure, active.units
     rows, cols = active.matrix_shape
     if step >= rows and room is None:
-        score = block(0, rows).reshape(-1).index_fill(0, active.indices, -math.inf)
-        score, index = score.topk(n, sorted=False)
-        return index, score
+        scores = block(0, rows).reshape(-1)
+        ranked = [
+            compare(scores).index_fill(0, active.indices, -math.inf).topk(n, sorted=False)
+            for n, compare in rounds
+        ]
+        return [(indices, best) for best, indices in ranked]
     starts = torch.arange(0, rows + step, step, device=active.device) * cols
     bounds = torch.searchsorted(active.indices, starts).tolist()
-    scores, indices, kept = [], [], 0
-    least = torch.tensor(-math.inf, device=active.device)
+    leaders = [_Leaders(n, active.device) for n, _ in rounds]
     for i, start in enumerate(range(0, rows, step)):
-        score = block(start, min(start + step, rows)).reshape(-1)
-        candidate = (score <= least).logical_not_()  # not "larger than", which NaN would not be
+        scores = block(start, min(start + step, rows)).reshape(-1)
         inside = active.indices[bounds[i] : bounds[i + 1]] - start * cols
-        index = candidate.index_fill_(0, inside, False).nonzero().squeeze(-1)
-        if room is not None:
-            assert isinstance(structure, NM)
-            group = (index + start * cols) // structure.m
-            index = index[_rank(group, score[index]) < room[group]]
-        scores.append(score[index])
-        indices.append(index + start * cols)
-        kept += len(index)
-        if kept > 2 * n or start + step >= rows:
-            score, index = torch.cat(scores), torch.cat(indices)
-            score, place = score.topk(min(n, kept), sorted=False)
-            scores, indices, kept = [score], [index[place]], len(score)
-            if kept == n > 0:
-                least = score.min()
-    return indices[0], scores[0]
+        for best, (_, compare) in zip(leaders, rounds, strict=True):
+            compared = compare(scores)
+            index = best.candidates(compared).index_fill_(0, inside, False).nonzero().squeeze(-1)
+            if room is not None:
+                assert isinstance(structure, NM)
+                group = (index + start * cols) // structure.m
+                index = index[_rank(group, compared[index]) < room[group]]
+            best.add(index + start * cols, compared[index])
+    return [best.result() for best in leaders]
+
+
+class _Leaders:
+    """The largest ``n`` of many scores that come in parts."""
+
+    def __init__(self, n: int, device: torch.device) -> None:
+        self.n = n
+        self._kept = 0
+        self._parts: list[tuple[Tensor, Tensor]] = []
+        self._least = torch.tensor(-math.inf, device=device)
+
+    def candidates(self, scores: Tensor) -> Tensor:
+        """Which may be among them: not "larger than", which NaN would not be."""
+        return (scores <= self._least).logical_not_()
+
+    def add(self, indices: Tensor, scores: Tensor) -> None:
+        self._parts.append((indices, scores))
+        self._kept += len(scores)
+        if self._kept > 2 * self.n:
+            self.result()
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Indices and scores of those that lead now."""
+        indices, scores = (torch.cat(each) for each in zip(*self._parts, strict=True))
+        scores, place = scores.topk(min(self.n, self._kept), sorted=False)
+        self._parts, self._kept = [(indices[place], scores)], len(scores)
+        if self._kept == self.n > 0:
+            self._least = scores.min()
+        return self._parts[0]
 
 
 def best(

@@ -33,7 +33,7 @@ from torch import Tensor
 from . import checkpoint, posterior
 from .active_set import ActiveSet
 from .addition import Addition, Evidence, addition_criterion, choose_from
-from .allocation import Compare, Room, check_allocation, depart, fill
+from .allocation import Proposals, Room, Rounds, check_allocation, depart, fill
 from .criteria import removal_criterion
 from .distributions import SparseNormal, SubspaceMessenger, elementwise_base, taken
 from .errors import NonFiniteWarning, warn_caller
@@ -472,10 +472,8 @@ class SSVI(SVI):
                 scores[site.name] = self._removal_scores(site.name, active, loc, scale, record)
         removed = self._departures(guide, scores, share)
 
-        def propose(
-            active: ActiveSet, m: int, compare: Compare, room: Tensor | None
-        ) -> tuple[Tensor, Tensor]:
-            return self.addition.propose(active, m, record, compare, room)
+        def propose(active: ActiveSet, rounds: Rounds, room: Tensor | None) -> Proposals:
+            return self.addition.propose(active, rounds, record, room)
 
         added = self._arrivals(guide, removed, propose)
         return {name: Choice(removed[name], added[name]) for name in added}
@@ -519,14 +517,14 @@ class SSVI(SVI):
         """The flat indices of those that come, among each site's units.
 
         :param removed: what :meth:`_departures` gave.
-        :param propose: ``propose(active, m, compare, room)`` gives the ``m`` best of a site.
+        :param propose: ``propose(active, rounds, room)`` gives the best of a site.
         """
         names, active_sets = list(removed), guide.active_sets
         if self.allocation == "global":
 
-            def of_site(i: int, m: int, compare: Compare) -> tuple[Tensor, Tensor]:
+            def of_site(i: int, rounds: Rounds) -> Proposals:
                 with _naming(f"site {names[i]!r}"):
-                    return propose(active_sets[names[i]], m, compare, None)
+                    return propose(active_sets[names[i]], rounds, None)
 
             gone = [len(each) for each in removed.values()]
             bounds = [r.addable(n) for r, n in zip(_rooms(guide, removed), gone, strict=True)]
@@ -538,7 +536,7 @@ class SSVI(SVI):
         for name, each in removed.items():
             active = active_sets[name]
             places = room(active, each)
-            of_one = partial(_in_site, propose, active, places)
+            of_one = partial(propose, active, room=places)
             with _naming(f"site {name!r}"):
                 result[name] = choose_from(self.addition, len(each), of_one, places)
         return result
@@ -567,12 +565,6 @@ def _naming(what: str, kinds: Any = (FloatingPointError, ValueError)) -> Iterato
     except kinds as error:
         kind = FloatingPointError if isinstance(error, FloatingPointError) else ValueError
         raise kind(f"{what}: {error}") from error
-
-
-def _in_site(
-    propose: Callable, active: ActiveSet, room: Tensor | None, m: int, compare: Compare
-) -> tuple[Tensor, Tensor]:
-    return propose(active, m, compare, room)
 
 
 def _rooms(guide: AutoSparseGuide, names: Iterable[str]) -> list[Room]:

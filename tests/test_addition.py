@@ -17,9 +17,7 @@ from pyro_ssvi.gradient_record import GradientRecord
 
 
 def choose(criterion, active, n, record):
-    return choose_from(
-        criterion, n, lambda m, compare: criterion.propose(active, m, record, compare)
-    )
+    return choose_from(criterion, n, lambda rounds: criterion.propose(active, rounds, record))
 
 
 @pytest.fixture
@@ -166,9 +164,9 @@ def test_sampled_where_the_gradient_is_not_finite_or_0(setting, sampled):
 class Last(Addition):
     """The last inactive coordinates, whatever the gradients."""
 
-    def propose(self, active, m, record, compare=None, room=None):
-        inactive = (~active.mask).flatten().nonzero().squeeze(-1)
-        return inactive[-m:], torch.ones(m)
+    def scores(self, active, start, stop, record):
+        cols = active.units.matrix_shape[1]
+        return torch.arange(start * cols, stop * cols).view(-1, cols).float()
 
 
 @pytest.mark.parametrize("batches", [0, 1])

@@ -31,6 +31,10 @@ def rooms(draw):
     return Room(numel, draw(st.integers(floor, numel - 1)), initial)
 
 
+def in_rounds(propose):
+    return lambda i, wanted: [propose(i, m) for m, _ in wanted]
+
+
 def compete(rooms, removal, share, propose, first=1.0):
     """Those that go and those that come, of each site.
 
@@ -43,7 +47,7 @@ def compete(rooms, removal, share, propose, first=1.0):
     n = sum(map(len, removed))
     m = math.ceil(first * n)
     rounds = [(m, as_they_are), (n - m, as_they_are)]
-    added = fill(rounds, lambda i, m, _: propose(i, m), *zip(*bounds, strict=True))
+    added = fill(rounds, in_rounds(propose), *zip(*bounds, strict=True))
     return list(zip(removed, added, strict=True))
 
 
@@ -90,9 +94,9 @@ def test_rounds_choose_what_is_left(sizes, seed, data):
     n, m = (data.draw(st.integers(0, sum(sizes) // 2)) for _ in range(2))
     by = {"first": first, "second": second}
 
-    def propose(i, m, compare):
-        scores, index = by[compare][i].topk(m)
-        return index, scores
+    def propose(i, wanted):
+        ranked = [by[compare][i].topk(m) for m, compare in wanted]
+        return [(index, scores) for scores, index in ranked]
 
     rounds = [(n, "first"), (m, "second")]
     found = fill(rounds, propose, [0] * len(sizes), sizes)
@@ -110,19 +114,19 @@ def test_a_first_round_leaves_what_sites_are_to_have():
     """Whatever the other site has: what a first round gives it is missing in the second."""
     scores = [torch.arange(9.0), torch.arange(9.0) + 10]
 
-    def propose(i, m, _):
+    def propose(i, m):
         values, index = scores[i].topk(m)
         return index, values
 
     for first in range(1, 7):
         rounds = [(first, as_they_are), (7 - first, as_they_are)]
-        added = fill(rounds, propose, [5, 0], [9, 9])
+        added = fill(rounds, in_rounds(propose), [5, 0], [9, 9])
         assert [sorted(each.tolist()) for each in added] == [[4, 5, 6, 7, 8], [7, 8]]
 
 
 def test_fewer_than_are_to_come_is_an_error():
     with pytest.raises(FloatingPointError, match="not finite"):
-        fill([(3, as_they_are)], lambda i, m, _: (torch.arange(2), torch.ones(2)), [0], [3])
+        fill([(3, as_they_are)], lambda *_: [(torch.arange(2), torch.ones(2))], [0], [3])
 
 
 @given(st.integers(1, 30), st.integers(1, 60), st.floats(0, 1))
@@ -288,7 +292,10 @@ def test_random_addition_is_uniform_over_all_sites():
     active = [ActiveSet(torch.tensor([0, 3]), (2, 5)), ActiveSet(torch.tensor([1]), (3, 1))]
     counts = torch.zeros(13)
     for _ in range(1500):
-        proposals = [Random().propose(a, min(4, a.numel() - len(a)), None) for a in active]
+        proposals = [
+            Random().propose(a, [(min(4, a.numel() - len(a)), as_they_are)], None)[0]
+            for a in active
+        ]
         chosen = largest([s for _, s in proposals], 4, [0, 0], [8, 2], 4)
         for offset, (indices, _), places in zip((0, 10), proposals, chosen, strict=True):
             counts[indices[places] + offset] += 1
@@ -309,7 +316,7 @@ def test_sampled_gradient_is_in_proportion_over_all_sites():
     counts = torch.zeros(6)
     criterion = Gradient(sampled=1.0)
     for _ in range(1500):
-        proposals = [criterion.propose(a, 1, record, race) for a in active]
+        proposals = [criterion.propose(a, [(1, race)], record)[0] for a in active]
         chosen = largest([s for _, s in proposals], 1, [0, 0], [1, 1], 1)
         for offset, (indices, _), places in zip((0, 4), proposals, chosen, strict=True):
             counts[indices[places] + offset] += 1

@@ -9,6 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributions import kl_divergence
 
 from pyro_ssvi import ActiveSet, SparseNormal, SubspacePrior, kernels
+from pyro_ssvi.addition import race
+from pyro_ssvi.allocation import as_they_are
 from pyro_ssvi.criteria import REMOVAL
 from pyro_ssvi.exchange import carry, smallest, swap, top_inactive
 
@@ -59,8 +61,9 @@ def test_exchange(active):
     gradient = torch.ones(10, 6, device=cuda)
     for criterion in REMOVAL.values():
         removed = smallest(criterion(loc, scale), 4)
-        added, _ = top_inactive(active, 4, lambda a, b: gradient[a:b])
+        rounds = [(4, as_they_are), (2, race)]
+        (added, _), (drawn, _) = top_inactive(active, rounds, lambda a, b: gradient[a:b])
         move = swap(active, removed, added)
         carry(loc, move.source, torch.zeros_like(loc))
         assert move.indices.device == move.source.device == loc.device
-        assert loc.device.type == "cuda"
+        assert loc.device.type == drawn.device.type == "cuda"

@@ -353,7 +353,7 @@ def test_prior_scales_may_be_drawn_and_differ():
         if active.shape == (4, 12):
             rows = torch.arange(12, 36)
             sums = svi.addition.read(active, rows, record)
-            gains = svi.addition.gains(active, 1, 3, record).flatten()
+            gains = svi.addition.scores(active, 1, 3, record).flatten()
             torch.testing.assert_close(svi.addition.scores_at(active, rows, sums, record), gains)
         return move(active, choice, record)
 

@@ -7,6 +7,7 @@ from test_active_set import active_sets
 
 from pyro_ssvi import ActiveSet
 from pyro_ssvi.active_set import draw_distinct
+from pyro_ssvi.allocation import as_they_are
 from pyro_ssvi.exchange import carry, smallest, swap, top_inactive
 
 
@@ -56,10 +57,13 @@ def test_top_inactive_equals_a_full_sort(active, block_bytes, data):
     n = data.draw(st.integers(0, active.numel() - len(active)))
     scores = torch.randperm(active.numel()).float()  # no ties
     matrix = scores.reshape(active.matrix_shape)
-    found, best = top_inactive(active, n, lambda a, b: matrix[a:b], block_bytes)
+    m = data.draw(st.integers(0, n))
+    rounds = [(n, as_they_are), (m, torch.neg)]
+    (found, best), (last, _) = top_inactive(active, rounds, lambda a, b: matrix[a:b], block_bytes)
     inactive = (~active.mask).flatten().nonzero().squeeze(-1)
-    expected = inactive[scores[inactive].argsort(descending=True)[:n]]
-    assert set(found.tolist()) == set(expected.tolist())
+    order = inactive[scores[inactive].argsort(descending=True)]
+    assert set(found.tolist()) == set(order[:n].tolist())
+    assert set(last.tolist()) == set(order[len(order) - m :].tolist())
     assert torch.equal(best, scores[found])
     assert torch.equal(matrix.flatten(), scores)  # what the block gave is left alone
 
@@ -69,5 +73,6 @@ def test_fewer_than_n_have_a_finite_score():
     scores = torch.full((4, 4), -math.inf)
     scores.view(-1)[9:13] = torch.arange(4.0)
     for block_bytes in (None, 16):
-        index, score = top_inactive(active, 7, lambda a, b: scores[a:b], block_bytes)
+        wanted = [(7, as_they_are)]
+        ((index, score),) = top_inactive(active, wanted, lambda a, b: scores[a:b], block_bytes)
         assert sorted(index[score > -math.inf].tolist()) == [9, 10, 11, 12]

@@ -325,8 +325,8 @@ class _Fixed(Random):
     def __init__(self, came):
         object.__setattr__(self, "came", came)
 
-    def propose(self, active, m, record, compare=None, room=None):
-        return self.came, torch.zeros(m)
+    def propose(self, active, rounds, record, room=None):
+        return [(self.came, torch.zeros(m)) for m, _ in rounds]
 
 
 def _first(gone, k):

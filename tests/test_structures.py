@@ -22,6 +22,7 @@ from pyro_ssvi import (
     load_posterior,
 )
 from pyro_ssvi.addition import Gradient, Random, choose_from
+from pyro_ssvi.allocation import as_they_are
 from pyro_ssvi.densities import Uniform
 from pyro_ssvi.exchange import (
     best,
@@ -117,8 +118,8 @@ def test_an_exchange_keeps_the_structure(active, share, data):
     criterion = data.draw(st.sampled_from([*shares, Random()]))
     places = room(active, removed)
 
-    def propose(m, compare):
-        return criterion.propose(active, m, record, compare, places)
+    def propose(rounds):
+        return criterion.propose(active, rounds, record, places)
 
     added = choose_from(criterion, n, propose, places)
     assert len(removed.unique()) == len(added.unique()) == n
@@ -151,7 +152,7 @@ def test_tiles_with_the_least_and_the_largest_sums(active, block_bytes, data):
     matrix = scores.reshape(active.matrix_shape)
     sums = tile_view(active, scores).sum(1)
     block = unit_scores(active, lambda a, b: matrix[a:b], block_bytes)
-    added, found = top_inactive(active, n, block, block_bytes)
+    ((added, found),) = top_inactive(active, [(n, as_they_are)], block, block_bytes)
     expected = sums.index_fill(0, units.indices, -1.0).topk(n)
     assert set(added.tolist()) == set(expected.indices.tolist())
     torch.testing.assert_close(found.sort().values, expected.values.sort().values)
@@ -178,7 +179,8 @@ def test_groups_lose_the_least_and_gain_their_own_largest(active, block_bytes, d
     assert taken.tolist() == lost
 
     matrix = scores.reshape(active.matrix_shape)
-    added, _ = top_inactive(active, count, lambda a, b: matrix[a:b], block_bytes, taken)
+    wanted = [(count, as_they_are)]
+    ((added, _),) = top_inactive(active, wanted, lambda a, b: matrix[a:b], block_bytes, taken)
     inactive = scores.flatten().index_fill(0, active.indices, -1.0).view(-1, m)
     expected = {
         group * m + place
@@ -199,7 +201,8 @@ def test_a_tall_tile_is_read_a_few_rows_at_a_time():
         read.append(stop - start)
         return matrix[start:stop]
 
-    added, scores = top_inactive(active, 2, unit_scores(active, block, 240), 240)
+    block_of_units = unit_scores(active, block, 240)
+    ((added, scores),) = top_inactive(active, [(2, as_they_are)], block_of_units, 240)
     assert max(read) == 10
     torch.testing.assert_close(scores, matrix.sum(0)[added])
 

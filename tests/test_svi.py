@@ -29,8 +29,6 @@ from pyro_ssvi import (
     forbid_materialise,
 )
 from pyro_ssvi.addition import Addition, Gradient
-from pyro_ssvi.allocation import as_they_are
-from pyro_ssvi.exchange import top_inactive
 from pyro_ssvi.gradient_record import GradientRecord
 
 x, y = torch.randn(20, 12), torch.randn(20)
@@ -553,9 +551,9 @@ def test_it_learns_and_finds_the_support():
 class FirstColumns(Addition):
     """Add as far to the left as there is room."""
 
-    def propose(self, active, m, record, compare=as_they_are, room=None):
+    def scores(self, active, start, stop, record):
         columns = -torch.arange(active.units.matrix_shape[1], dtype=torch.float32)
-        return top_inactive(active, m, lambda a, b: compare(columns.repeat(b - a, 1)), room=room)
+        return columns.repeat(stop - start, 1)
 
 
 @pytest.mark.parametrize("batches", [0, 1])
