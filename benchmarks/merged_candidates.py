@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         schedule = CosineSchedule(every=args.every, stop=int(0.75 * args.steps))
         guide = AutoSparseNormal(model, density=args.density)
         optim = pyro.optim.Adam({"lr": 5e-3})
-        svi = SSVI(model, guide, optim, Trace_ELBO(), schedule=schedule)
+        svi = SSVI(model, guide, optim, Trace_ELBO(), addition="gradient", schedule=schedule)
         seen = {shards: torch.zeros(4, dtype=torch.float64) for shards in args.shards}
         while svi.steps < args.steps:
             rows = torch.randint(len(data.train_x), (args.batch_size,))

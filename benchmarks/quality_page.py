@@ -97,10 +97,9 @@ def quality(groups: Sequence[tuple[Setting, list[dict[str, Any]]]], label: Calla
 
 
 def with_epochs(setting: Setting) -> str:
-    weight = f", KL weight {setting.kl_weight:g}"
-    return f"{name(setting)}, {setting.epochs} epochs" + (
-        weight if setting.kl_weight != 0.1 else ""
-    )
+    named = setting.kl_weight == 0.1 or setting.method == "autonormal"
+    weight = "" if named else f", KL weight {setting.kl_weight:g}"
+    return f"{name(setting)}, {setting.epochs} epochs{weight}"
 
 
 def with_net(setting: Setting) -> str:
@@ -109,8 +108,8 @@ def with_net(setting: Setting) -> str:
 
 
 def as_called(setting: Setting) -> str:
-    usual = setting.addition == "gradient"
-    return f"{name(setting)}, " + ("all by default" if usual else f'addition="{setting.addition}"')
+    own = f'CosineSchedule, addition="{setting.addition}"'
+    return f"{name(setting)}, {'all by default' if setting.schedule == 'inverse-sqrt' else own}"
 
 
 def with_structure(setting: Setting) -> str:

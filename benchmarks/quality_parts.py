@@ -27,6 +27,8 @@ LONGER = replace(
     kl_weight=0.2,
 )
 LONGER_RUNS = [replace(LONGER, density=0.1), LONGER, replace(LONGER, structure="1x4")]
+# Chosen for the dense posterior by the same search.
+DENSE_LONGER = replace(DENSE, epochs=18, batch_size=256, lr=2e-3, kl_weight=0.2)
 # Fewer active weights than the dense net of 400 units has, in no more time.
 WIDER = replace(SPARSE, net="1600-1600", density=0.1, epochs=13, lr=1e-3, every=200)
 NET = Setting(method="deterministic", density=1.0, lr=1e-3, addition="gradient", share=0.0)
@@ -44,6 +46,7 @@ def densities() -> list[Setting]:
             DENSE_LOCAL,
             NET,
             *(replace(SPARSE, density=d) for d in (0.2, 0.1, 0.05, 0.02, 0.01)),
+            DENSE_LONGER,
             *LONGER_RUNS,
         ]
     )
@@ -65,12 +68,16 @@ def wider() -> list[Setting]:
 
 
 def defaults() -> list[Setting]:
-    """What a user has who sets only a density, and with other additions."""
+    """What a user has who sets a density alone; and with the paper's schedule, other additions."""
     at = replace(SPARSE, policy="uniform", init_loc="feasible")
+    default = replace(at, addition="mixed_gradient", schedule="inverse-sqrt")
     return seeds(
         [
-            replace(at, addition=addition)
-            for addition in ("gradient", "mixed_gradient", "sampled_gradient")
+            *(replace(default, density=d) for d in (0.1, 0.05, 0.02)),
+            *(
+                replace(at, addition=addition)
+                for addition in ("mixed_gradient", "gradient", "sampled_gradient")
+            ),
         ]
     )
 
@@ -215,6 +222,7 @@ def steps() -> list[Setting]:
         replace(SPARSE, net="800-800", density=0.075),
         replace(SPARSE, net="1600-1600", density=0.025),
         WIDER,
+        DENSE_LONGER,
         *LONGER_RUNS,
     ]
 

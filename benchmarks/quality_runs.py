@@ -29,12 +29,14 @@ from pyro_ssvi import (
     AutoSparseNormal,
     ConstantSchedule,
     CosineSchedule,
+    InverseSqrtSchedule,
 )
 from pyro_ssvi.addition import ADDITION
 from pyro_ssvi.criteria import REMOVAL
 from pyro_ssvi.densities import ErdosRenyiKernel, Policy, Uniform
 from pyro_ssvi.diagnostics import elbo_parts, overlap, uncertainty
 from pyro_ssvi.nn import bayesianize
+from pyro_ssvi.schedules import Schedule
 from pyro_ssvi.structures import NM, Structure, Tiles
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))  # for what they share
@@ -69,6 +71,7 @@ class Setting:
     :ivar held_out: test on the last 10 000 training images, train on the others: for choosing
         settings.
     :ivar allocation: "per_site", or "global": sites compete for active coordinates.
+    :ivar schedule: "cosine", to three quarters of the steps, or "inverse-sqrt".
     """
 
     method: str = "ssvi"
@@ -94,6 +97,7 @@ class Setting:
     structure: str = "single"
     seed: int = 0
     allocation: str = "per_site"
+    schedule: str = "cosine"
 
 
 class Data(NamedTuple):
@@ -215,8 +219,6 @@ class Bayesian(Contender):
             family = AutoSparseLowRankMultivariateNormal if "rank" in options else AutoSparseNormal
             structure = structure_of(setting)
             self.guide = family(model, density=density, structure=structure, **options)
-            stop = max(1, int(0.75 * num_steps))
-            every = min(setting.every, stop)
             self.svi = SSVI(
                 model,
                 self.guide,
@@ -227,9 +229,7 @@ class Bayesian(Contender):
                 if setting.batches > 1
                 else setting.addition,
                 allocation=setting.allocation,
-                schedule=CosineSchedule(every, setting.share, stop)
-                if setting.share
-                else ConstantSchedule(every=num_steps + 1),
+                schedule=schedule_of(setting, num_steps),
                 new_scale=TINY if plain else "mean",
                 local_reparam=setting.local,
             )
@@ -250,6 +250,16 @@ class Bayesian(Contender):
 
     def logits_at_mean(self, x: Tensor) -> Tensor:
         return poutine.condition(self.model, self.guide.median())(x)
+
+
+def schedule_of(setting: Setting, num_steps: int) -> Schedule:
+    if setting.share == 0:
+        return ConstantSchedule(every=num_steps + 1)
+    stop = max(1, int(0.75 * num_steps))
+    every = min(setting.every, stop)
+    if setting.schedule == "inverse-sqrt":
+        return InverseSqrtSchedule(every, setting.share)
+    return CosineSchedule(every, setting.share, stop)
 
 
 def structure_of(setting: Setting) -> Structure | dict[str, NM] | None:

@@ -23,7 +23,7 @@ def make(
     lr: float,
     every: int = 20,
     site: str | None = None,
-    addition: str = "gradient",
+    addition: str = "mixed_gradient",
     **options: Any,
 ) -> SVI:
     """Inference with AutoNormal (for a density of 1) or with AutoSparseNormal.

@@ -23,7 +23,13 @@ from .guides import (
 )
 from .posterior import load_posterior
 from .predictive import SparsePredictive
-from .schedules import ConstantSchedule, CosineSchedule, CyclicSchedule, LinearSchedule
+from .schedules import (
+    ConstantSchedule,
+    CosineSchedule,
+    CyclicSchedule,
+    InverseSqrtSchedule,
+    LinearSchedule,
+)
 from .sparse_tensor import SparseTensor, dense_fallbacks, forbid_materialise
 from .svi import SSVI, SubspaceModel
 
@@ -41,6 +47,7 @@ __all__ = [
     "CyclicSchedule",
     "DistributedSSVI",
     "Ensemble",
+    "InverseSqrtSchedule",
     "LinearSchedule",
     "MaterialiseError",
     "NonFiniteWarning",

@@ -10,6 +10,7 @@ __all__ = [
     "ConstantSchedule",
     "CosineSchedule",
     "CyclicSchedule",
+    "InverseSqrtSchedule",
     "LinearSchedule",
     "Schedule",
 ]
@@ -94,6 +95,23 @@ class LinearSchedule(_Periodic):
 
     def _decay(self, step: int) -> float:
         return 1 - step / self.stop
+
+
+@dataclass(frozen=True)
+class InverseSqrtSchedule(_Periodic):
+    """``fraction sqrt(every / step)``, which asks for no number of steps; it is the default.
+
+    The share falls fast at first, and always on: after 100 exchanges it is a tenth of what it was.
+
+    :param every: steps from one exchange to the next.
+    :param fraction: share of the first exchange, in (0, 1].
+    :param stop: from this step on there are no exchanges; by default there is no such step.
+    """
+
+    endless: ClassVar[bool] = True
+
+    def _decay(self, step: int) -> float:
+        return math.sqrt(self.every / max(step, self.every))
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ from .interrupts import uninterrupted
 from .model_messages import EvidenceMessenger
 from .optimizer_state import carry_state
 from .random_state import leaving_no_trace
-from .schedules import CosineSchedule, Schedule
+from .schedules import InverseSqrtSchedule, Schedule
 
 __all__ = ["SSVI", "SubspaceModel"]
 
@@ -108,16 +108,18 @@ class SSVI(SVI):
     :param removal: name of a criterion in :mod:`pyro_ssvi.criteria`, or a ``callable(loc, scale)``
         that gives scores; the smallest are removed. Or ``"evidence"``: those without which the
         log evidence would grow most, or shrink least.
-    :param addition: ``"gradient"``, as in the paper: where the gradient is largest;
-        ``"sampled_gradient"``: drawn in proportion to it; ``"mixed_gradient"``: a quarter the
-        largest, the rest drawn; ``"evidence"``; ``"random"``; an instance of a class in
+    :param addition: ``"mixed_gradient"``: a quarter where the gradient is largest, the rest drawn
+        in proportion to it; ``"gradient"``, as in the paper: all where it is largest;
+        ``"sampled_gradient"``: all drawn; ``"evidence"``; ``"random"``; an instance of a class in
         :mod:`pyro_ssvi.addition`, or a ``callable(gradient)`` that gives scores, the largest of
         which are added.
     :param allocation: ``"per_site"``: each site keeps its number of active coordinates, as in the
         paper; ``"global"``: those of a guide's sparse sites compete, and their number is constant
         for all of them together, see :mod:`pyro_ssvi.allocation`.
-    :param schedule: when to exchange which share, see :mod:`pyro_ssvi.schedules`. Set ``stop``
-        to about three quarters of your number of steps.
+    :param schedule: when to exchange which share, see :mod:`pyro_ssvi.schedules`. The default,
+        :class:`~pyro_ssvi.InverseSqrtSchedule`, asks for no number of steps. If you know yours,
+        the paper's is a little better: a :class:`~pyro_ssvi.CosineSchedule` that stops at three
+        quarters of it.
     :param new_scale: standard deviation of an added coordinate, or ``"mean"``: the mean of those
         of its site that stay.
     :param kl_weight: factor of the KL divergence from the prior (and not of the likelihood): a
@@ -138,7 +140,7 @@ class SSVI(SVI):
         loss: Any,
         *,
         removal: str | Callable[[Tensor, Tensor], Tensor] = "snr_abs",
-        addition: str | Addition | Callable[[Tensor], Tensor] = "gradient",
+        addition: str | Addition | Callable[[Tensor], Tensor] = "mixed_gradient",
         allocation: str = "per_site",
         schedule: Schedule | None = None,
         new_scale: float | str = "mean",
@@ -176,7 +178,7 @@ class SSVI(SVI):
         self.removal = removal_criterion(removal)
         self.addition = addition_criterion(addition)
         self.allocation = check_allocation(allocation)
-        self.schedule = CosineSchedule() if schedule is None else schedule
+        self.schedule = InverseSqrtSchedule() if schedule is None else schedule
         if self.addition.batches > self.schedule.every:
             raise ValueError(
                 f"addition averages over {self.addition.batches} batches, but the schedule "

@@ -10,8 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyro
 import pytest
 import torch
+from pyro.infer import Trace_ELBO
+
+from pyro_ssvi import SSVI, AutoSparseNormal
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -82,6 +86,23 @@ def test_lines_of_an_older_study_count(quality, tmp_path):
     assert len(quality.read(path)) == 1
 
 
+def test_what_the_study_calls_defaults_are_those_of_the_package(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import quality_parts
+    import quality_runs
+
+    setting = next(s for s in quality_parts.PARTS["defaults"] if s.schedule == "inverse-sqrt")
+    svi = quality_runs.Bayesian(setting, 60_000, 4690).svi
+    guide = AutoSparseNormal(svi.model.model, density=setting.density)
+    alone = SSVI(svi.model.model, guide, pyro.optim.Adam({}), Trace_ELBO())
+    for name in ("removal", "addition", "allocation", "schedule", "new_scale", "local_reparam"):
+        assert getattr(svi, name) == getattr(alone, name)
+    assert isinstance(svi._elbo, Trace_ELBO)
+    for name in ("structure", "first_scale"):
+        assert getattr(svi.guide, name) == getattr(guide, name)
+    assert (setting.policy, setting.init_loc) == ("uniform", "feasible")
+
+
 def test_all_contenders_exist():
     sys.path.insert(0, str(BENCHMARKS))
     try:
@@ -125,7 +146,7 @@ def images(folder: Path, seed: int, prefix: str, n: int) -> None:
 
 
 #: How many settings of each part of the study are tried, where it is not two.
-KEPT = {"densities": 9, "lenet": 0, "defaults": 1, "agreement": 1, "exchanges": 0}
+KEPT = {"densities": 10, "lenet": 0, "defaults": 1, "agreement": 1, "exchanges": 0}
 
 
 @pytest.fixture

@@ -47,6 +47,7 @@ from pyro_ssvi import (
     AutoSparseNormal,
     ConstantSchedule,
     CosineSchedule,
+    InverseSqrtSchedule,
     checkpoint,
 )
 from pyro_ssvi.guides import site_table
@@ -1027,8 +1028,9 @@ def test_what_a_file_cannot_hold_is_named():
         trained(model=Odd()).state_dict()
 
 
-@pytest.mark.parametrize("schedule", [ConstantSchedule(every=2), CosineSchedule(every=2)])
-def test_state_is_plain(schedule):
+@pytest.mark.parametrize("kind", [ConstantSchedule, CosineSchedule, InverseSqrtSchedule])
+def test_state_is_plain(kind):
+    schedule = kind(every=2)
     guide = AutoSparseNormal(bnn, density=0.3)
     svi = SSVI(bnn, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO(), schedule=schedule)
     svi.step(X, Y)

@@ -13,11 +13,12 @@ from pyro_ssvi.schedules import (
     ConstantSchedule,
     CosineSchedule,
     CyclicSchedule,
+    InverseSqrtSchedule,
     LinearSchedule,
     Schedule,
 )
 
-ALL = [CosineSchedule, LinearSchedule, ConstantSchedule]
+ALL = [CosineSchedule, LinearSchedule, ConstantSchedule, InverseSqrtSchedule]
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -39,6 +40,7 @@ def test_nothing_is_shared_from_stop_on(kind: type) -> None:
         (CosineSchedule, [0.4, 0.2 + 0.1 * math.sqrt(2), 0.2, 0.2 - 0.1 * math.sqrt(2)]),
         (LinearSchedule, [0.4, 0.3, 0.2, 0.1]),
         (ConstantSchedule, [0.4, 0.4, 0.4, 0.4]),
+        (InverseSqrtSchedule, [0.4, 0.4 / math.sqrt(10), 0.4 / math.sqrt(20), 0.4 / math.sqrt(30)]),
     ],
 )
 def test_share_at_quarters_of_the_way(kind: type, shares: list[float]) -> None:
@@ -46,10 +48,11 @@ def test_share_at_quarters_of_the_way(kind: type, shares: list[float]) -> None:
     assert [schedule.share(step) for step in (0, 100, 200, 300)] == pytest.approx(shares)
 
 
-def test_constant_goes_on_for_ever_by_default() -> None:
-    schedule = ConstantSchedule(every=5, fraction=0.2)
+@pytest.mark.parametrize(("kind", "share"), [(ConstantSchedule, 0.2), (InverseSqrtSchedule, 2e-7)])
+def test_without_end_by_default(kind: type, share: float) -> None:
+    schedule = kind(every=5, fraction=0.2)
     assert schedule.due(5 * 10**12)
-    assert schedule.share(5 * 10**12) == 0.2
+    assert schedule.share(5 * 10**12) == pytest.approx(share)
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -64,7 +67,7 @@ def test_share_falls_within_its_bounds(
     assert (schedule.share(late) > 0) == (late < stop)
 
 
-@pytest.mark.parametrize(("kind", "stop"), [*zip(ALL, (75_000, 75_000, None), strict=True)])
+@pytest.mark.parametrize(("kind", "stop"), [*zip(ALL, (75_000, 75_000, None, None), strict=True)])
 def test_defaults(kind: type, stop: int | None) -> None:
     assert kind() == kind(every=100, fraction=0.3, stop=stop)
 

@@ -19,12 +19,12 @@ __all__ = ["AutoSparseDelta"]
 class AutoSparseDelta(AutoSparseGuide):
     """Pyro's :class:`~pyro.infer.autoguide.AutoDelta` with sparse support: MAP.
 
-    Each active coordinate is a point; all others are exactly 0. With :class:`~pyro_ssvi.SSVI`
-    this is RigL (Evci, Gale, Menick, Castro, Elsen, ICML 2020) for the weights of a Pyro model:
-    removal criteria rank points by magnitude, and those with the largest gradients are added::
+    Each active coordinate is a point; all others are exactly 0. Removal criteria rank points by
+    magnitude, so that this is RigL (Evci, Gale, Menick, Castro, Elsen, ICML 2020) for the weights
+    of a Pyro model if those with the largest gradients are added::
 
         guide = AutoSparseDelta(model, density=0.05)
-        svi = SSVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
+        svi = SSVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO(), addition="gradient")
 
     All sites share one parameter, ``loc``. As in AutoDelta, the estimate of a constrained site is
     that of the largest density of the site itself, not of its unconstrained coordinates.
