@@ -68,7 +68,11 @@ class Addition:
         :param room: in groups that keep their number, how many of each, as
             :func:`pyro_ssvi.exchange.room` has it.
         """
-        scores = partial(self.scores, active, record=record)
+        cols = active.units.matrix_shape[1]
+
+        def scores(start: int, stop: int) -> Tensor:
+            return _checked(self.scores(active, start, stop, record), (stop - start, cols))
+
         return top_inactive(active, rounds, scores, room=room)
 
     def read(self, active: ActiveSet, indices: Tensor, record: GradientRecord) -> Tensor:
@@ -89,6 +93,15 @@ class Addition:
         :param sums: what :meth:`read` gave, or its mean over several processes.
         """
         raise NotImplementedError
+
+
+def _checked(scores: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if scores.shape != shape or not scores.is_floating_point():
+        raise ValueError(
+            f"the addition criterion gave {scores.dtype} scores of shape {tuple(scores.shape)}, "
+            f"expected floats of shape {tuple(shape)}"
+        )
+    return scores
 
 
 def choose_from(
@@ -127,7 +140,8 @@ class Gradient(Addition):
         extra pass; ``"mean"`` makes an extra pass for each batch with q at its mean.
     :param score: ``score(gradient) -> scores`` of the same shape, elementwise; the largest are
         added. It sees a site's matrix by blocks of rows.
-    :param sampled: share that is drawn by score, rounded down; the rest are the largest.
+    :param sampled: share that is drawn by score, rounded down; the rest are the largest. With a
+        structure of :class:`~pyro_ssvi.structures.NM` all are the largest, if not all are drawn.
     """
 
     batches: int = 1
@@ -180,13 +194,7 @@ class Gradient(Addition):
         gradient = total
         if self.batches * self.samples > 1:
             gradient = total / (self.batches * self.samples)
-        scores = self.score(gradient)
-        if scores.shape != gradient.shape or not scores.is_floating_point():
-            raise ValueError(
-                f"the addition criterion gave {scores.dtype} scores of shape "
-                f"{tuple(scores.shape)}, expected floats of shape {tuple(gradient.shape)}"
-            )
-        return scores
+        return _checked(self.score(gradient), gradient.shape)
 
 
 def race(scores: Tensor) -> Tensor:

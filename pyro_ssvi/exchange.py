@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 #: One score in so many is looked at to see where the largest begin.
-SAMPLED = 16
+STRIDE = 16
 #: Bytes of scores held at once while a site is searched for coordinates to add.
 BLOCK_BYTES = 2 * 2**20
 
@@ -179,22 +179,22 @@ def top_inactive(
             compare(scores).index_fill(0, active.indices, -math.inf).topk(n, sorted=False)
             for n, compare in rounds
         ]
-        return [(indices, best) for best, indices in ranked]
+        return [(indices, values) for values, indices in ranked]
     starts = torch.arange(0, rows + step, step, device=active.device) * cols
     bounds = torch.searchsorted(active.indices, starts).tolist()
     leaders = [_Leaders(n, active.device) for n, _ in rounds]
     for i, start in enumerate(range(0, rows, step)):
         scores = block(start, min(start + step, rows)).reshape(-1)
         inside = active.indices[bounds[i] : bounds[i + 1]] - start * cols
-        for best, (_, compare) in zip(leaders, rounds, strict=True):
+        for leading, (_, compare) in zip(leaders, rounds, strict=True):
             compared = compare(scores)
-            index = best.candidates(compared).index_fill_(0, inside, False).nonzero().squeeze(-1)
+            index = leading.candidates(compared).index_fill_(0, inside, False).nonzero().squeeze(-1)
             if room is not None:
                 assert isinstance(structure, NM)
                 group = (index + start * cols) // structure.m
                 index = index[_rank(group, compared[index]) < room[group]]
-            best.add(index + start * cols, compared[index])
-    return [best.result() for best in leaders]
+            leading.add(index + start * cols, compared[index])
+    return [leading.result() for leading in leaders]
 
 
 class _Leaders:
@@ -225,8 +225,10 @@ class _Leaders:
     def _drop(self) -> None:
         """Keep the leaders, and not many others: topk, on CPU, takes ten times as long as this."""
         indices, scores = (torch.cat(each) for each in zip(*self._parts, strict=True))
-        sample = scores[::SAMPLED]
-        least = sample.kthvalue(max(1, len(sample) - int(1.2 * self.n / SAMPLED))).values
+        sample = scores[::STRIDE]
+        # A fifth more than are wanted, so that it is rare that the sample leaves too few.
+        likely = min(len(sample), int(1.2 * self.n / STRIDE) + 1)
+        least = sample.topk(likely, sorted=False).values.min()
         place = (scores <= least).logical_not_().nonzero().squeeze(-1)
         if not self.n <= len(place) <= 1.5 * self.n:  # few scores, equal ones, or NaN
             scores, place = scores.topk(self.n, sorted=False)

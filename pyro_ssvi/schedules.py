@@ -102,6 +102,9 @@ class InverseSqrtSchedule(_Periodic):
     """``fraction sqrt(every / step)``, which asks for no number of steps; it is the default.
 
     The share falls fast at first, and always on: after 100 exchanges it is a tenth of what it was.
+    Exchanges never end. Where hardly more coordinates are active than count, as in a sparse
+    regression, the weakest one that counts goes and comes back time and again: there,
+    :class:`CosineSchedule` is better, which ends.
 
     :param every: steps from one exchange to the next.
     :param fraction: share of the first exchange, in (0, 1].

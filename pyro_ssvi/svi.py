@@ -117,9 +117,9 @@ class SSVI(SVI):
         paper; ``"global"``: those of a guide's sparse sites compete, and their number is constant
         for all of them together, see :mod:`pyro_ssvi.allocation`.
     :param schedule: when to exchange which share, see :mod:`pyro_ssvi.schedules`. The default,
-        :class:`~pyro_ssvi.InverseSqrtSchedule`, asks for no number of steps. If you know yours,
-        the paper's is a little better: a :class:`~pyro_ssvi.CosineSchedule` that stops at three
-        quarters of it.
+        :class:`~pyro_ssvi.InverseSqrtSchedule`, asks for no number of steps, and never ends. If
+        you know your number, the paper's is as good, and comes to rest: a
+        :class:`~pyro_ssvi.CosineSchedule` that stops at three quarters of it.
     :param new_scale: standard deviation of an added coordinate, or ``"mean"``: the mean of those
         of its site that stay.
     :param kl_weight: factor of the KL divergence from the prior (and not of the likelihood): a

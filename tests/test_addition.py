@@ -169,6 +169,29 @@ class Last(Addition):
         return torch.arange(start * cols, stop * cols).view(-1, cols).float()
 
 
+class OneARow(Last):
+    def scores(self, active, start, stop, record):
+        return super().scores(active, start, stop, record)[:, :1]
+
+
+class AllRows(Last):
+    def scores(self, active, start, stop, record):
+        return super().scores(active, 0, active.units.matrix_shape[0], record)
+
+
+class Whole(Last):
+    def scores(self, active, start, stop, record):
+        return super().scores(active, start, stop, record).long()
+
+
+@pytest.mark.parametrize("kind", [OneARow, AllRows, Whole])
+def test_scores_of_one_s_own_of_another_shape_or_dtype(setting, kind, monkeypatch):
+    active, record, _ = setting
+    monkeypatch.setattr("pyro_ssvi.exchange.BLOCK_BYTES", 40)  # two rows
+    with pytest.raises(ValueError, match=r"expected floats of shape \(2, 5\)"):
+        choose(kind(), active, 3, record)
+
+
 @pytest.mark.parametrize("batches", [0, 1])
 def test_a_criterion_of_one_s_own(batches):
     """With gradients or without."""

@@ -1,5 +1,7 @@
 import math
+from functools import partial
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -66,6 +68,37 @@ def test_top_inactive_equals_a_full_sort(active, block_bytes, data):
     assert set(last.tolist()) == set(order[len(order) - m :].tolist())
     assert torch.equal(best, scores[found])
     assert torch.equal(matrix.flatten(), scores)  # what the block gave is left alone
+
+
+KINDS = {
+    "distinct": lambda n: torch.randperm(n).float(),
+    "ties": lambda n: (3 * torch.randn(n)).round(),
+    "mostly 0": lambda n: torch.rand(n) * (torch.rand(n) < 0.1),
+    "NaN": lambda n: torch.randn(n).masked_fill(torch.rand(n) < 0.01, math.nan),
+    "infinite": lambda n: torch.randn(n).masked_fill(torch.rand(n) < 0.01, math.inf),
+    "half": lambda n: torch.randn(n).half(),
+    "rising": lambda n: torch.randn(n).sort().values,
+}
+
+
+exactly = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [0, 40, 900])
+def test_leaders_of_many_blocks(kind, n):
+    """Those that fall behind are dropped on the way, and none that leads."""
+    active = ActiveSet.random((120, 50), 300)
+    scores = KINDS[kind](6000)
+    matrix, rounds = scores.view(120, 50), [(n, as_they_are), (10, torch.neg)]
+    found = top_inactive(active, rounds, lambda a, b: matrix[a:b], 4 * 50 * 3)
+    for (index, best), (m, compare) in zip(found, rounds, strict=True):
+        compared = compare(scores)
+        expected = compared.index_fill(0, active.indices, -math.inf).topk(m).values
+        exactly(best, compared[index])
+        exactly(best.sort(descending=True).values, expected)
+        assert len(index.unique()) == m
+        assert not torch.isin(index, active.indices).any()
 
 
 def test_fewer_than_n_have_a_finite_score():

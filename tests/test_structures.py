@@ -1,6 +1,7 @@
 import copy
 import math
 import pickle
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -141,6 +142,20 @@ def test_an_exchange_keeps_the_structure(active, share, data):
     carry(tensor, move.source, torch.full_like(tensor, 7.0))
     assert torch.equal(tensor[~new], before[move.indices[~new]])
     assert (tensor[new] == 7.0).all()
+
+
+def test_groups_take_their_largest_from_a_mixture():
+    active = NM(1, 4).random((6, 8), 12)
+    record = GradientRecord()
+    record.add_dense(active, torch.randn(6, 8))
+    removed = torch.arange(0, 12, 2)
+    places = room(active, removed)
+
+    def choose(criterion):
+        propose = partial(criterion.propose, active, record=record, room=places)
+        return set(choose_from(criterion, 6, propose, places).tolist())
+
+    assert choose(Gradient(sampled=0.75)) == choose(Gradient())
 
 
 @settings(deadline=None)
