@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from .active_set import ActiveSet
 from .sparse_tensor import SparseTensor
+from .structures import read_structure, structure_state
 
 if TYPE_CHECKING:
     from .guides import AutoSparseGuide
@@ -213,10 +214,10 @@ class SparseNetwork(nn.Module):
         self.register_buffer("values", torch.cat(values or [torch.empty(0)]))
         flat = torch.cat(indices or [torch.empty(0, dtype=torch.int64)])
         self.register_buffer("indices", flat.int() if narrow else flat)
-        self._set_up({key: (list(each.shape), len(each.active)) for key, each in weights.items()})
+        self._set_up({key: _entry(weight.active) for key, weight in weights.items()})
 
     def _set_up(self, table: Mapping[str, Any]) -> None:
-        self.table = dict(table)  # shape and number of active coordinates of each sparse weight
+        self.table = dict(table)  # what each sparse weight's indices mean
         self._active: dict[str, ActiveSet] = {}
         parameters = dict(self.module.named_parameters())
         for key in self.table:
@@ -226,7 +227,7 @@ class SparseNetwork(nn.Module):
         """Run the network; its sparse weights have no gradients."""
         if not self._active or next(iter(self._active.values())).device != self.indices.device:
             self._active = dict(self._active_sets())
-        parts = self.values.split([k for _, k in self.table.values()])
+        parts = self.values.split([k for _, k, _ in self.table.values()])
         weights: dict[str, Tensor] = {
             key: SparseTensor(part, self._active[key])
             for key, part in zip(self.table, parts, strict=True)
@@ -234,9 +235,9 @@ class SparseNetwork(nn.Module):
         return functional_call(self.module, weights, args, kwargs)
 
     def _active_sets(self) -> Iterator[tuple[str, ActiveSet]]:
-        parts = self.indices.long().split([k for _, k in self.table.values()])
-        for (key, (shape, _)), part in zip(self.table.items(), parts, strict=True):
-            yield key, ActiveSet(part, shape)
+        parts = self.indices.long().split([k for _, k, _ in self.table.values()])
+        for (key, (shape, _, structure)), part in zip(self.table.items(), parts, strict=True):
+            yield key, ActiveSet(part, shape, read_structure(structure))
 
     def get_extra_state(self) -> dict[str, Any]:
         """Which weights are sparse."""
@@ -256,6 +257,11 @@ class SparseNetwork(nn.Module):
                 own = getattr(self, name)
                 setattr(self, name, own.new_empty(saved.shape, dtype=saved.dtype))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _entry(active: ActiveSet) -> tuple[list[int], int, dict[str, Any] | None]:
+    """What a file says of a sparse weight: shape, number of active coordinates, structure."""
+    return list(active.shape), len(active), structure_state(active.structure)
 
 
 def _independent(base: dist.TorchDistribution) -> Prior:
