@@ -32,7 +32,7 @@ from pyro_ssvi import (
     kernels,
 )
 from pyro_ssvi.nn import bayesianize
-from pyro_ssvi.structures import Tiles
+from pyro_ssvi.structures import Columns, Rows, Tiles
 
 NUM_DATA = 60_000
 PRIOR_SCALE = 0.1
@@ -239,12 +239,11 @@ class Bayesian(Contender):
         return [*parts, *self.net.parameters(), *self.net.buffers()]
 
 
-def fits(tiles: Tiles, shape: torch.Size) -> bool:
+def fits(tiles: Tiles, shape: torch.Size, density: float) -> bool:
     try:
-        tiles.tile(shape)
+        return tiles.count(shape, density) > 0
     except ValueError:
         return False
-    return True
 
 
 class Sparse(Bayesian):
@@ -269,7 +268,7 @@ class Sparse(Bayesian):
         self.structure = {
             f"net.{name}": tiles
             for name, weight in weights_of(net).items()
-            if tiles is not None and weight.dim() > 1 and fits(tiles, weight.shape)
+            if tiles is not None and weight.dim() > 1 and fits(tiles, weight.shape, density)
         }
         super().__init__(net, batch, elbo)
         kernels.use(backend)
@@ -342,5 +341,7 @@ CONTENDERS: dict[str, Callable[[nn.Module, Batch, float], Contender]] = {
         *args, Trace_ELBO(), family=AutoSparseLowRankMultivariateNormal
     ),
     "ssvi-tiles": lambda *args: Sparse(*args, Trace_ELBO(), tiles=Tiles(4, 4)),
+    "ssvi-rows": lambda *args: Sparse(*args, Trace_ELBO(), tiles=Rows()),
+    "ssvi-columns": lambda *args: Sparse(*args, Trace_ELBO(), tiles=Columns()),
     "ssvi-torch": lambda *args: Sparse(*args, Trace_ELBO(), backend="torch"),
 }

@@ -4,6 +4,7 @@ And the network with mean weights, sparse beside dense. Each contender is a proc
 they take turns, round by round::
 
     python benchmarks/prediction.py
+    python benchmarks/prediction.py --columns
     python benchmarks/prediction.py --hidden 4000 --density 0.01
 """
 
@@ -29,17 +30,22 @@ from pyro.infer.autoguide import AutoNormal, init_to_sample
 from torch import Tensor
 
 from pyro_ssvi import SSVI, AutoSparseNormal, SparsePredictive
-from pyro_ssvi.nn import bayesianize
+from pyro_ssvi.nn import bayesianize, shrink
+from pyro_ssvi.structures import Columns
 
 
 class Contender(NamedTuple):
     """:ivar density: of a sparse guide; ``None`` for AutoNormal.
     :ivar samples: of the weights; ``None`` for their mean.
+    :ivar columns: whether whole columns are active.
+    :ivar shrunk: the network without the units that nothing reads, torch's own.
     """
 
     name: str
     density: float | None
     samples: int | None
+    columns: bool = False
+    shrunk: bool = False
 
 
 def serve(pipe: Connection, contender: Contender, args: argparse.Namespace) -> None:
@@ -55,18 +61,21 @@ def serve(pipe: Connection, contender: Contender, args: argparse.Namespace) -> N
 
     x, y = torch.rand(args.batch_size, 784), torch.zeros(args.batch_size, dtype=torch.int64)
     options: Any = {"init_loc_fn": init_to_sample, "init_scale": 0.01}
-    _, density, samples = contender
+    _, density, samples, columns, shrunk = contender
+    structure = Columns() if columns else None
     guide: Any
     if density is None:
         guide = AutoNormal(model, **options)
     else:
-        guide = AutoSparseNormal(model, density=density, **options)
+        guide = AutoSparseNormal(model, density=density, structure=structure, **options)
     with torch.no_grad():
         guide(x, y)
         predict: Any
         if samples is None:
             if density is None:
                 predict = net.with_weights(guide.median())
+            elif shrunk:
+                predict = shrink(net.with_weights(guide.median()))
             else:
                 predict = net.with_sparse_weights(guide)
             size = file_bytes(lambda path: torch.save(predict.state_dict(), path))
@@ -105,17 +114,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=1000)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--columns", action="store_true", help="with whole columns, too")
     args = parser.parse_args(argv)
     print(
         f"784-{args.hidden}-{args.hidden}-10, batch {args.batch_size}, "
         f"{torch.get_num_threads()} threads, {args.rounds} rounds"
     )
-    sparse = [(f"{100 * density:g}%", density) for density in args.density]
+    sparse = [
+        (f"{100 * density:g}%" + ", columns" * columns, density, columns)
+        for density in args.density
+        for columns in (False, True)[: 1 + args.columns]
+    ]
     compare(
         f"{args.samples} samples",
         [
             Contender("Predictive, AutoNormal", None, args.samples),
-            *(Contender(f"SparsePredictive {name}", d, args.samples) for name, d in sparse),
+            *(Contender(f"SparsePredictive {name}", d, args.samples, c) for name, d, c in sparse),
         ],
         args,
     )
@@ -123,7 +137,8 @@ def main(argv: list[str] | None = None) -> None:
         "mean weights",
         [
             Contender("torch's dense network", None, None),
-            *(Contender(f"SparseNetwork {name}", d, None) for name, d in sparse),
+            *(Contender(f"SparseNetwork {name}", d, None, c) for name, d, c in sparse),
+            *(Contender(f"shrunk {name}", d, None, c, True) for name, d, c in sparse if c),
         ],
         args,
     )
@@ -150,14 +165,14 @@ def compare(title: str, contenders: list[Contender], args: argparse.Namespace) -
     for pipe in pipes:
         pipe.send(0)
     print(
-        f"\n{title:24}{'ms':>8}{'min .. max':>18}{'times faster':>14}{'peak MB above set-up':>22}"
+        f"\n{title:30}{'ms':>8}{'min .. max':>18}{'times faster':>14}{'peak MB above set-up':>22}"
         f"{'file MB':>10}{'smaller':>9}"
     )
     for contender, each, grown, size in zip(contenders, times, memory, sizes, strict=True):
         ratio = statistics.median(a / b for a, b in zip(times[0], each, strict=True))
         span = f"{1e3 * min(each):.1f} .. {1e3 * max(each):.1f}"
         print(
-            f"{contender.name:24}{1e3 * statistics.median(each):8.1f}{span:>18}{ratio:13.1f}x"
+            f"{contender.name:30}{1e3 * statistics.median(each):8.1f}{span:>18}{ratio:13.1f}x"
             f"{grown / 2**20:22.1f}{size / 1e6:10.2f}{sizes[0] / size:8.1f}x",
             flush=True,
         )

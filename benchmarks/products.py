@@ -4,6 +4,7 @@ They take turns, round by round; a ratio is the median of those of the rounds::
 
     python benchmarks/products.py
     python benchmarks/products.py --size 4000 --density 0.05 --tiles 4x4 16x1 --threads 1 --cpu-time
+    python benchmarks/products.py --tiles rows columns
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from functools import partial
 import torch
 
 from pyro_ssvi import ActiveSet, kernels
-from pyro_ssvi.structures import Tiles
+from pyro_ssvi.structures import Columns, Rows, Tiles
 
+LINES = {"rows": Rows(), "columns": Columns()}
 ENOUGH = 0.02  # seconds of one operation in one round
 
 
@@ -47,8 +49,7 @@ def compare(size: int, density: float, args: argparse.Namespace) -> list[list[st
     """A row for each shape of tiles; the first is single coordinates, the last dense."""
     contenders: dict[str, dict[str, Callable]] = {}
     for name in ("1x1", *args.tiles):
-        rows, cols = map(int, name.split("x"))
-        structure = Tiles(rows, cols)
+        structure = LINES.get(name) or Tiles(*map(int, name.split("x")))
         active = structure.random((size, size), structure.count((size, size), density))
         contenders[name] = operations(active, size, args.batch_size)
     contenders["dense"] = operations(None, size, args.batch_size)

@@ -82,7 +82,12 @@ def name(setting: Setting) -> str:
     if setting.method == "low-rank":
         return f"SSVI {percent}, correlated"
     tiles = f"tiles {setting.structure.replace('x', ' x ')}"
-    words = {"single": "", "n:m": ", groups: 2 of 49, and 1 of 20"}
+    words = {
+        "single": "",
+        "n:m": ", groups: 2 of 49, and 1 of 20",
+        "columns": ", whole columns",
+        "rows": ", whole rows",
+    }
     return f"SSVI {percent}" + words.get(setting.structure, f", {tiles}")
 
 

@@ -121,10 +121,9 @@ def exchanges() -> list[Setting]:
 
 
 def structures() -> list[Setting]:
-    """Tiles and groups, beside single coordinates, at 5 %."""
-    return seeds(
-        [replace(SPARSE, structure=each) for each in ("single", "1x4", "4x1", "4x4", "n:m")]
-    )
+    """Tiles, groups, whole columns and rows, beside single coordinates, at 5 %."""
+    names = ("single", "1x4", "4x1", "4x4", "n:m", "columns", "rows")
+    return seeds([replace(SPARSE, structure=name) for name in names])
 
 
 def agreement() -> list[Setting]:

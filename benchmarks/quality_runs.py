@@ -37,7 +37,7 @@ from pyro_ssvi.densities import ErdosRenyiKernel, Policy, Uniform
 from pyro_ssvi.diagnostics import elbo_parts, overlap, uncertainty
 from pyro_ssvi.nn import bayesianize
 from pyro_ssvi.schedules import Schedule
-from pyro_ssvi.structures import NM, Structure, Tiles
+from pyro_ssvi.structures import NM, Columns, Rows, Structure, Tiles
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))  # for what they share
 
@@ -50,6 +50,7 @@ NUM_SAMPLES = 16  # posterior samples of a prediction
 CALIBRATION = 5000  # training images that a temperature is fitted on
 RANK = 10
 N_OF_M = {"net.1.weight": NM(2, 49), "net.3.weight": NM(1, 20)}
+LINES = {"rows": Rows(), "columns": Columns()}
 TINY = 1e-8  # the standard deviation of a net that is deterministic but for its training code
 
 
@@ -64,8 +65,9 @@ class Setting:
     :ivar init_loc: "fan-in": random, by the inputs that a unit really has; "feasible": 0, as the
         guides have it by default.
     :ivar share: of the coordinates exchanged at first; 0 for a fixed random active set.
-    :ivar structure: what is active as one: "single" coordinates, tiles such as "4x1", or "n:m": in
-        784-400-400-10, 2 of 49 columns of the first layer and 1 of 20 of the second.
+    :ivar structure: what is active as one: "single" coordinates, tiles such as "4x1", whole "rows"
+        or "columns", or "n:m": in 784-400-400-10, 2 of 49 columns of the first layer and 1 of 20
+        of the second.
     :ivar tempered: fit a temperature on the last training images, and train on the others.
     :ivar agreement: note after each epoch how alike the criteria's choices are.
     :ivar held_out: test on the last 10 000 training images, train on the others: for choosing
@@ -201,9 +203,11 @@ class Bayesian(Contender):
         density: Any = policy
         if setting.structure == "n:m":
             density = densities = densities | {name: nm.n / nm.m for name, nm in N_OF_M.items()}
+        # A row that is active as a whole reads all inputs.
+        inputs = dict.fromkeys(densities, 1.0) if setting.structure == "rows" else densities
         plain = setting.method == "rigl"
         options: dict[str, Any] = {
-            "init_loc_fn": init_to_fan_in(densities)
+            "init_loc_fn": init_to_fan_in(inputs)
             if setting.init_loc == "fan-in"
             else init_to_feasible,
             "init_scale": TINY if plain else setting.init_scale,
@@ -267,6 +271,8 @@ def structure_of(setting: Setting) -> Structure | dict[str, NM] | None:
         return None
     if setting.structure == "n:m":
         return N_OF_M
+    if setting.structure in LINES:
+        return LINES[setting.structure]
     rows, cols = map(int, setting.structure.split("x"))
     return Tiles(rows, cols)
 
@@ -282,7 +288,10 @@ def density_policy(setting: Setting) -> Policy:
 
 
 def init_to_fan_in(densities: dict[str, float]) -> Callable:
-    """First locations of a weight: as usual for relu, by the inputs that it really has."""
+    """First locations of a weight: as usual for relu, by the inputs that a unit really has.
+
+    :param densities: the share of its inputs that a unit reads, by site.
+    """
 
     def init(site: dict) -> Tensor:
         shape = site["fn"].shape()

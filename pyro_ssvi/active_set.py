@@ -15,7 +15,7 @@ from .tiling import Tiling
 if TYPE_CHECKING:
     from .structures import Structure
 
-__all__ = ["CSR", "ActiveSet", "draw_distinct"]
+__all__ = ["CSR", "ActiveSet", "Lines", "draw_distinct"]
 
 
 class CSR(NamedTuple):
@@ -31,6 +31,17 @@ class CSR(NamedTuple):
     col: Tensor
     perm: Tensor | None
     shape: tuple[int, int]
+
+
+class Lines(NamedTuple):
+    """The rows or columns of a matrix that are active as a whole, where nothing else is.
+
+    :param dim: 0 for rows, 1 for columns.
+    :param numbers: which, sorted int64 ``[k]``.
+    """
+
+    dim: int
+    numbers: Tensor
 
 
 class ActiveSet:
@@ -205,6 +216,15 @@ class ActiveSet:
     def tile(self) -> tuple[int, int]:
         """Rows and columns of what an exchange moves as one."""
         return (1, 1) if self.structure is None else self.structure.tile(self.shape)
+
+    @cached_property
+    def lines(self) -> Lines | None:
+        """The active coordinates as whole rows or columns, where what is exchanged is made of
+        such."""
+        (n, m), (rows, cols) = self.matrix_shape, self.tile
+        if cols == m:
+            return Lines(0, self.indices[::m] // m)
+        return Lines(1, self.indices[: len(self) // n]) if rows == n else None
 
     @property  # a cache that holds the set itself would keep it until garbage is collected
     def units(self) -> ActiveSet:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -15,11 +16,12 @@ from torch.func import functional_call
 
 from .active_set import ActiveSet
 from .sparse_tensor import SparseTensor
+from .structures import read_structure, structure_state
 
 if TYPE_CHECKING:
     from .guides import AutoSparseGuide
 
-__all__ = ["Bayesianized", "SparseNetwork", "bayesianize"]
+__all__ = ["Bayesianized", "SparseNetwork", "bayesianize", "shrink"]
 
 #: ``prior(name, shape)`` gives the prior of a parameter.
 Prior = Callable[[str, torch.Size], dist.TorchDistribution]
@@ -30,6 +32,14 @@ _NORMALISATION = (
     nn.LayerNorm,
     *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []),  # torch 2.4
 )
+
+# The same function of every unit, with no parameters; Dropout is none in predictions.
+_ELEMENTWISE = {
+    *(nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh),
+    *(nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid),
+    *(nn.Softplus, nn.Softshrink, nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold),
+    *(nn.Dropout, nn.Identity),
+}
 
 
 def bayesianize(
@@ -213,10 +223,10 @@ class SparseNetwork(nn.Module):
         self.register_buffer("values", torch.cat(values or [torch.empty(0)]))
         flat = torch.cat(indices or [torch.empty(0, dtype=torch.int64)])
         self.register_buffer("indices", flat.int() if narrow else flat)
-        self._set_up({key: (list(each.shape), len(each.active)) for key, each in weights.items()})
+        self._set_up({key: _entry(weight.active) for key, weight in weights.items()})
 
     def _set_up(self, table: Mapping[str, Any]) -> None:
-        self.table = dict(table)  # shape and number of active coordinates of each sparse weight
+        self.table = dict(table)  # what each sparse weight's indices mean
         self._active: dict[str, ActiveSet] = {}
         parameters = dict(self.module.named_parameters())
         for key in self.table:
@@ -226,7 +236,7 @@ class SparseNetwork(nn.Module):
         """Run the network; its sparse weights have no gradients."""
         if not self._active or next(iter(self._active.values())).device != self.indices.device:
             self._active = dict(self._active_sets())
-        parts = self.values.split([k for _, k in self.table.values()])
+        parts = self.values.split([k for _, k, _ in self.table.values()])
         weights: dict[str, Tensor] = {
             key: SparseTensor(part, self._active[key])
             for key, part in zip(self.table, parts, strict=True)
@@ -234,9 +244,9 @@ class SparseNetwork(nn.Module):
         return functional_call(self.module, weights, args, kwargs)
 
     def _active_sets(self) -> Iterator[tuple[str, ActiveSet]]:
-        parts = self.indices.long().split([k for _, k in self.table.values()])
-        for (key, (shape, _)), part in zip(self.table.items(), parts, strict=True):
-            yield key, ActiveSet(part, shape)
+        parts = self.indices.long().split([k for _, k, _ in self.table.values()])
+        for (key, (shape, _, structure)), part in zip(self.table.items(), parts, strict=True):
+            yield key, ActiveSet(part, shape, read_structure(structure))
 
     def get_extra_state(self) -> dict[str, Any]:
         """Which weights are sparse."""
@@ -256,6 +266,67 @@ class SparseNetwork(nn.Module):
                 own = getattr(self, name)
                 setattr(self, name, own.new_empty(saved.shape, dtype=saved.dtype))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+@torch.no_grad()
+def shrink(network: nn.Sequential) -> nn.Sequential:
+    """A copy of a perceptron without the hidden units that make no difference: smaller, and torch's
+    own.
+
+    A unit goes if the next layer does not read it, where its column is 0, or if it reads nothing,
+    where its row is 0: such a unit is constant, and what it adds goes to the next layer's bias.
+    Of a posterior with whole rows or columns, many are such, see :meth:`Bayesianized.with_weights`.
+
+    :param network: :class:`torch.nn.Linear` layers, with elementwise activations between them.
+        Whatever comes before the first or after the last stays as it is.
+    :return: the network for predictions, in ``eval`` mode. It takes the same inputs and gives the
+        same outputs, but for rounding. At least one unit of each layer stays.
+    :raises ValueError: if it is not such a network.
+    """
+    if type(network).forward is not nn.Sequential.forward:
+        raise ValueError(
+            f"shrink expects an nn.Sequential, got {type(network).__name__}: shrink the parts of "
+            "a network that are one"
+        )
+    network = copy.deepcopy(network).eval()
+    layers = {i: layer for i, layer in enumerate(network) if type(layer) is nn.Linear}
+    between = [nn.Sequential(*list(network)[i + 1 : j]) for i, j in pairwise(layers)]
+    for part in chain.from_iterable(between):
+        if type(part) not in _ELEMENTWISE:
+            raise ValueError(
+                f"shrink expects nothing but torch's elementwise activations between nn.Linear "
+                f"layers, got {part}"
+            )
+    weights: list[Tensor] = [layer.weight for layer in layers.values()]
+    biases: list[Tensor] = [
+        layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
+        for layer in layers.values()
+    ]
+
+    def keep(i: int, units: Tensor) -> None:
+        weights[i], biases[i] = weights[i][units], biases[i][units]
+        weights[i + 1] = weights[i + 1][:, units]
+
+    for i, activation in enumerate(between):  # an earlier layer may leave a later one constants
+        reads = _at_least_one((weights[i] != 0).any(1))
+        biases[i + 1] = biases[i + 1] + weights[i + 1][:, ~reads] @ activation(biases[i][~reads])
+        keep(i, reads)
+    for i in reversed(range(len(between))):  # a later one may leave an earlier one unread units
+        keep(i, _at_least_one((weights[i + 1] != 0).any(0)))
+    for i, weight, bias in zip(layers, weights, biases, strict=True):
+        network[i] = layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+        layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
+    return network.eval()
+
+
+def _at_least_one(chosen: Tensor) -> Tensor:
+    """Layers without units are more than some compilers and exporters take."""
+    return chosen if chosen.any() else torch.arange(len(chosen), device=chosen.device) == 0
+
+
+def _entry(active: ActiveSet) -> tuple[list[int], int, dict[str, Any] | None]:
+    """What a file says of a sparse weight: shape, number of active coordinates, structure."""
+    return list(active.shape), len(active), structure_state(active.structure)
 
 
 def _independent(base: dist.TorchDistribution) -> Prior:

