@@ -16,23 +16,34 @@ _SIMPLE = (bool, int, float, str, type(None))
 _DEPTH = 100
 
 
-def plain(value: Any, where: str) -> Any:
-    """A copy as plain data, which nothing changes any more.
+def plain(value: Any, where: str, depth: int = 0) -> Any:
+    """A copy as plain data, which nothing changes any more, and which can be loaded.
 
     :param where: what it is, for messages.
+    :param depth: how many containers it is in.
     :raises TypeError: if it holds anything else.
+    :raises ValueError: if a tensor has no numbers, or containers are nested too deeply.
     """
-    if isinstance(value, Tensor):
-        return value.detach().clone()
+    if depth > _DEPTH - 10:  # a file has what this gives some levels down
+        raise ValueError(f"{where} is nested too deeply for a checkpoint")
     if isinstance(value, np.generic):
-        return value.item()
+        value = value.item()
+    if isinstance(value, Tensor):
+        copied = value.detach().clone()
+        if copied.layout == torch.strided:
+            check_tensor(copied, where)
+        if type(copied) is Tensor:
+            return copied
     if type(value) in _SIMPLE:
         return value
     if isinstance(value, Mapping):
-        items = {key: plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+        items = {}
+        for key, item in value.items():
+            name = plain(key, f"a key of {where}", depth + 1)
+            items[name] = plain(item, f"{where}[{key!r}]", depth + 1)
         return Counter(items) if isinstance(value, Counter) else items
     if type(value) in (list, tuple):
-        return type(value)(plain(item, f"{where}[{i}]") for i, item in enumerate(value))
+        return type(value)(plain(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value))
     raise TypeError(
         f"{where} is a {type(value).__name__}: a checkpoint takes numbers, strings, tensors, and "
         "lists, tuples and dicts of them"

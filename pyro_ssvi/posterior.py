@@ -115,9 +115,7 @@ def module_state(model: Callable) -> dict[str, Any]:
 
 
 def _refuse_lost(guide: AutoSparseGuide, *values: Tensor) -> None:
-    ok = guide.valid(*values)
-    for value in values:
-        ok = ok & value.isfinite().flatten(1).all(-1) if value.dim() > 1 else ok & value.isfinite()
+    ok = guide.finite(*values)
     if not ok.all():
         lost = [
             site.name

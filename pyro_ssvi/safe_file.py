@@ -150,11 +150,14 @@ class Format:
 
 @contextmanager
 def _alone(path: str) -> Iterator[None]:
-    """Make a file that no other process or thread writes meanwhile."""
+    """Make a file that no other process or thread writes meanwhile.
+
+    :raises OSError: if it never is the file that was made.
+    """
     if fcntl is None:
         yield
         return
-    while True:
+    for _ in range(100):  # each but the first, after another has written
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             with suppress(OSError):  # of a file system that knows no locks
@@ -169,6 +172,9 @@ def _alone(path: str) -> Iterator[None]:
                 return
         finally:
             os.close(file)
+    raise OSError(
+        f"{path} is another file each time one looks, so it cannot be locked: save to another disk"
+    )
 
 
 def _check_archive(payload: bytes) -> tuple[int, int]:

@@ -572,6 +572,29 @@ def test_valid_states_of_optimizers_load(optim):
     assert fingerprint(fresh.state_dict()) == fingerprint(state)
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_capturable_is_the_file_s_as_with_torch(saved):
+    """On a GPU Adam may count its steps there, and cannot go on so on a CPU before it is told."""
+    svi = make()
+    train(svi, 3)
+    state = svi.state_dict()
+    expected = svi.step(X, Y)
+    optim = copy.deepcopy(state["optim"])
+    for each in optim.values():
+        each["state"]["param_groups"][0]["capturable"] = saved
+    pyro.clear_param_store()
+    again = make(optim=pyro.optim.Adam({"lr": 0.02, "capturable": not saved}))
+    again.load_state_dict({**state, "optim": optim})
+    if saved:
+        with pytest.raises(AssertionError, match="capturable=True, params and state_steps must be"):
+            again.step(X, Y)
+        again.load_state_dict({**state, "optim": optim})
+    for each in again.optim.optim_objs.values():
+        assert each.param_groups[0]["capturable"] is saved
+        each.param_groups[0]["capturable"] = False
+    assert again.step(X, Y) == expected
+
+
 class Smoothed(Normalised):
     """Of a user's, with a state."""
 

@@ -13,6 +13,7 @@ from pyro_ssvi.addition import race
 from pyro_ssvi.allocation import as_they_are
 from pyro_ssvi.criteria import REMOVAL
 from pyro_ssvi.exchange import carry, smallest, swap, top_inactive
+from pyro_ssvi.optimizer_state import carry_state
 from pyro_ssvi.structures import Columns, Rows
 
 pytestmark = pytest.mark.skipif(
@@ -83,3 +84,18 @@ def test_exchange(active):
         carry(loc, move.source, torch.zeros_like(loc))
         assert move.indices.device == move.source.device == loc.device
         assert loc.device.type == drawn.device.type == "cuda"
+
+
+@pytest.mark.parametrize("options", [{}, {"capturable": True}, {"fused": True}], ids=repr)
+def test_the_state_of_an_optimizer_stays_where_it_is(options):
+    """Adam counts its steps on the CPU, or on the device; a load moves them as torch does."""
+    with FakeTensorMode():
+        param = torch.nn.Parameter(torch.zeros(20, device=cuda))
+        param.grad = torch.ones_like(param)
+        optim = torch.optim.Adam([param], **options)
+        optim.step()
+        before = {key: value.device for key, value in optim.state[param].items()}
+        assert before["step"].type == ("cuda" if options else "cpu")
+        carry_state(optim, param, torch.arange(20, device=cuda))
+        assert {key: value.device for key, value in optim.state[param].items()} == before
+        optim.step()

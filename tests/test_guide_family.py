@@ -549,6 +549,56 @@ def test_a_guide_of_one_s_own(tmp_path):
         svi.export(tmp_path / "a.posterior")
 
 
+class AutoSparseCauchy(AutoSparseLaplace):
+    """Marginals without a variance, and without a mean."""
+
+    def marginals(self, loc, b):
+        return loc * math.nan, b * math.inf
+
+    def site_posterior(self, site, loc, b):
+        return self.normal(site, loc, b)  # which distribution it is does not matter here
+
+
+def test_a_family_without_variances_is_loaded():
+    state = make_svi(AutoSparseCauchy)
+    state.step(x, y)
+    state = state.state_dict()
+    pyro.clear_param_store()
+    svi = make_svi(AutoSparseCauchy)
+    svi.load_state_dict(state)
+    assert torch.equal(svi.guide.loc_unconstrained, state["guide"]["loc_unconstrained"])
+    raw = state["guide"]["b_unconstrained"]
+    state["guide"]["b_unconstrained"] = torch.full_like(raw, math.inf)
+    with pytest.raises(ValueError, match="loc is not finite or scale is not positive"):
+        svi.load_state_dict(state)
+
+
+class AutoSparseCounted(AutoSparseNormal):
+    """A buffer that is there from the first call on."""
+
+    def _setup_prototype(self, *args, **kwargs):
+        super()._setup_prototype(*args, **kwargs)
+        self.register_buffer("rows", torch.tensor(len(args[0])))
+
+
+def test_a_buffer_that_the_first_call_registers():
+    """A load before it would be undone by it."""
+    state = make_svi(AutoSparseCounted)
+    state.step(x, y)
+    state.guide.rows += 1
+    state = state.state_dict()
+    pyro.clear_param_store()
+    svi = make_svi(AutoSparseCounted)
+    with pytest.raises(RuntimeError, match=r"\['rows'\]. What a guide registers .* call guide\("):
+        svi.guide.load_state_dict(state["guide"])
+    with pytest.raises(ValueError, match="'rows' is not here: make it before you load"):
+        svi.load_state_dict(state)
+    svi.guide(x, y)
+    svi.load_state_dict(state)
+    svi.step(x, y)
+    assert svi.guide.rows == len(x) + 1
+
+
 def test_swap_is_what_an_exchange_is_made_of():
     active = ActiveSet(torch.tensor([1, 4, 5]), (2, 3))
     move = swap(active, torch.tensor([0]), torch.tensor([2]))

@@ -10,10 +10,11 @@ import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 
-from pyro_ssvi.plain_data import Maybe, check_form
+from pyro_ssvi.plain_data import Maybe, check_form, plain
 from pyro_ssvi.safe_file import Format
 
 FILES = Format("pyro_ssvi test", 1, "a test's")
@@ -155,6 +156,51 @@ def test_few_bytes_that_stand_for_many(path):
     refuses(path, saved({"version": 1, "a": deep}), "holds itself, or the same")
 
 
+class Own(torch.Tensor):
+    pass
+
+
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        (np.complex64(1j), r"the state\['a'\] is a complex: a checkpoint takes"),
+        (np.bytes_(b"x"), "is a bytes"),
+        ({object(): 1}, r"a key of the state\['a'\] is a object"),
+        ({(1, 2j): 1}, r"a key of the state\['a'\]\[1\] is a complex"),
+        (nested(99), "nested too deeply"),
+        (nested(5000), "nested too deeply"),
+        (torch.zeros(3, device="meta"), r"the state\['a'\] is not dense"),
+        (torch.zeros(3).as_subclass(Own), "is a Own"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_could_not_be_loaded_is_not_saved(value, match):
+    with pytest.raises((TypeError, ValueError), match=match):
+        plain({"version": 1, "a": value}, "the state")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {np.str_("a"): np.float64(1.5), np.int64(3): [np.bool_(True)], (1, "b"): None},
+        nested(85),
+        [torch.zeros(1).expand(1000), torch.ones(2) > 0],
+    ],
+    ids=["numpy", "deep", "tensors"],
+)
+def test_what_is_saved_can_be_loaded(path, value):
+    state = plain({"version": 1, "a": value}, "the state")
+    FILES.write(path, {"version": 1, "members": [state]})  # as in an ensemble's file
+    assert str(FILES.read(path)["members"][0]) == str(state)
+
+
 def test_another_kind_of_file_is_not_read_whole():
     with pytest.raises(ValueError, match="/dev/zero is not a pyro_ssvi test: expected a test's"):
         FILES.read("/dev/zero")
@@ -218,6 +264,23 @@ def test_another_takes_the_file_away_while_one_waits_for_it(path, monkeypatch):
     FILES.write(path, {"version": 1, "n": 2})
     assert calls
     assert FILES.read(path)["n"] == 2
+
+
+def test_a_file_system_that_tells_other_numbers_each_time(path, monkeypatch):
+    calls, real = [], os.stat
+
+    def another(name, *args, **kwargs):
+        if not str(name).endswith(".part"):
+            return real(name, *args, **kwargs)
+        calls.append(name)
+        assert len(calls) < 1000
+        return real("/")
+
+    monkeypatch.setattr(os, "stat", another)
+    with pytest.raises(OSError, match=r"a\.part is another file each time"):
+        FILES.write(path, STATE)
+    monkeypatch.undo()
+    assert FILES.read(path).keys() == STATE.keys()
 
 
 def test_several_that_write_to_one_path_at_once(path, tmp_path):

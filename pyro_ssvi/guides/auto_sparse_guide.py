@@ -314,7 +314,10 @@ class AutoSparseGuide(AutoGuide):
             key for key in own if key not in known and key.split(".")[0] not in self._modules
         ]
         if unknown:
-            raise ValueError(f"it does not fit this guide: it has {unknown}")
+            raise ValueError(
+                f"it does not fit this guide: it has {unknown}. What a guide registers when it "
+                "first sees data is to be there before you load: call guide(*args, **kwargs) once"
+            )
 
     def saved_sites(self, state_dict: Mapping[str, Any], prefix: str = "") -> list[Site]:
         """The sites in a state dict, once it is known that they can be loaded into this guide.
@@ -347,11 +350,8 @@ class AutoSparseGuide(AutoGuide):
         constraints = self.parameter_constraints.values()
         try:
             values = [transform_to(c)(each) for c, each in zip(constraints, raw, strict=True)]
-            marginals = self.marginals(*values)
-            ok = self.valid(*values)
-            for each in marginals:
-                ok = ok & each.isfinite()
-            fits = all(each.shape == raw[0].shape[:1] for each in (*marginals, ok))
+            ok = self.finite(*values)
+            fits = all(each.shape == raw[0].shape[:1] for each in (*self.marginals(*values), ok))
         except (IndexError, RuntimeError):  # of operations on shapes that do not go together
             fits = False
         if not fits or any(a.shape != b.shape for a, b in zip(raw, own, strict=True)):
@@ -469,6 +469,13 @@ class AutoSparseGuide(AutoGuide):
     def valid(self, loc: Tensor, *others: Tensor) -> Tensor:
         """Whether there can be a distribution with these parameters, ``[K]``."""
         return loc == loc
+
+    def finite(self, *values: Tensor) -> Tensor:
+        """As :meth:`valid`, and whether all numbers of a row are finite, ``[K]``."""
+        ok = self.valid(*values)
+        for value in values:
+            ok = ok & value.isfinite().unsqueeze(-1).flatten(1).all(-1)
+        return ok
 
     def normal(self, site: Site, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
         """Independent normals at a site's coordinates; transformed, where it is constrained."""
