@@ -35,7 +35,7 @@ def assert_is_png(path):
 
 
 def test_sparse_regression(run, capsys):
-    results = run("sparse_regression", "--steps 200 --features 1000")
+    results = run("sparse_regression", "--steps 400 --features 1000")
     simulation = by_active(results["simulation"])
     assert list(simulation) == [1000, 250, 50, 20]
     assert simulation[50]["recall"] > 0.8
@@ -55,7 +55,7 @@ def test_correlated_regression(run, capsys):
         assert scores.shape == (2, 3)
         assert scores.isfinite().all()
         assert (scores[:, 1] < 3).all()  # RMSE
-        assert (scores[:, 2] > 0.4).all()  # in 90 % intervals
+        assert (scores[:, 2] > 0.3).all()  # in 90 % intervals
     assert not independent.equal(correlated)
     assert "NLL less by correlations" in capsys.readouterr().out
 
@@ -84,7 +84,7 @@ def test_hierarchical(run):
 
 
 def test_bnn_digits(run, capsys):
-    rows = by_active(run("bnn_digits", "--steps 200 --checkpoint a.ckpt --plot b.png"))
+    rows = by_active(run("bnn_digits", "--steps 300 --checkpoint a.ckpt --plot b.png"))
     weights = 64 * 200 + 200 * 10
     assert list(rows) == [weights + 210, weights // 10 + 210, weights // 20 + 210]
     for row in rows.values():
