@@ -20,8 +20,13 @@ import torch
 from pyro_ssvi import ActiveSet, kernels
 from pyro_ssvi.structures import Columns, Rows, Tiles
 
-LINES = {"rows": Rows(), "columns": Columns()}
 ENOUGH = 0.02  # seconds of one operation in one round
+
+
+def tiles_named(name: str) -> Tiles:
+    """What ``"rows"``, ``"columns"``, or a size such as ``"4x1"`` stands for."""
+    lines = {"rows": Rows(), "columns": Columns()}
+    return lines.get(name) or Tiles(*map(int, name.split("x")))
 
 
 def operations(active: ActiveSet | None, size: int, batch_size: int) -> dict[str, Callable]:
@@ -49,7 +54,7 @@ def compare(size: int, density: float, args: argparse.Namespace) -> list[list[st
     """A row for each shape of tiles; the first is single coordinates, the last dense."""
     contenders: dict[str, dict[str, Callable]] = {}
     for name in ("1x1", *args.tiles):
-        structure = LINES.get(name) or Tiles(*map(int, name.split("x")))
+        structure = tiles_named(name)
         active = structure.random((size, size), structure.count((size, size), density))
         contenders[name] = operations(active, size, args.batch_size)
     contenders["dense"] = operations(None, size, args.batch_size)

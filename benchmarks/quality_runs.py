@@ -37,12 +37,13 @@ from pyro_ssvi.densities import ErdosRenyiKernel, Policy, Uniform
 from pyro_ssvi.diagnostics import elbo_parts, overlap, uncertainty
 from pyro_ssvi.nn import bayesianize
 from pyro_ssvi.schedules import Schedule
-from pyro_ssvi.structures import NM, Columns, Rows, Structure, Tiles
+from pyro_ssvi.structures import NM, Structure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))  # for what they share
 
 import datasets
 from metrics import measures
+from products import tiles_named
 
 __all__ = ["Data", "Setting", "load", "run", "step_function"]
 
@@ -50,7 +51,6 @@ NUM_SAMPLES = 16  # posterior samples of a prediction
 CALIBRATION = 5000  # training images that a temperature is fitted on
 RANK = 10
 N_OF_M = {"net.1.weight": NM(2, 49), "net.3.weight": NM(1, 20)}
-LINES = {"rows": Rows(), "columns": Columns()}
 TINY = 1e-8  # the standard deviation of a net that is deterministic but for its training code
 
 
@@ -271,10 +271,7 @@ def structure_of(setting: Setting) -> Structure | dict[str, NM] | None:
         return None
     if setting.structure == "n:m":
         return N_OF_M
-    if setting.structure in LINES:
-        return LINES[setting.structure]
-    rows, cols = map(int, setting.structure.split("x"))
-    return Tiles(rows, cols)
+    return tiles_named(setting.structure)
 
 
 def density_policy(setting: Setting) -> Policy:

@@ -218,13 +218,17 @@ class _Leaders:
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Indices and scores of those that lead now."""
-        indices, scores = (torch.cat(each) for each in zip(*self._parts, strict=True))
+        indices, scores = self._joined()
         scores, place = scores.topk(min(self.n, self._kept), sorted=False)
         return indices[place], scores
 
+    def _joined(self) -> tuple[Tensor, Tensor]:
+        indices, scores = zip(*self._parts, strict=True)
+        return torch.cat(indices), torch.cat(scores)
+
     def _drop(self) -> None:
         """Keep the leaders, and not many others: topk, on CPU, takes ten times as long as this."""
-        indices, scores = (torch.cat(each) for each in zip(*self._parts, strict=True))
+        indices, scores = self._joined()
         sample = scores[::STRIDE]
         # A fifth more than are wanted, so that it is rare that the sample leaves too few.
         likely = min(len(sample), int(1.2 * self.n / STRIDE) + 1)

@@ -473,10 +473,7 @@ class SSVI(SVI):
                 loc, scale = loc.to(site.dtype), scale.to(site.dtype)
                 scores[site.name] = self._removal_scores(site.name, active, loc, scale, record)
         removed = self._departures(guide, scores, share)
-
-        def propose(active: ActiveSet, rounds: Rounds, room: Tensor | None) -> Proposals:
-            return self.addition.propose(active, rounds, record, room)
-
+        propose = partial(self.addition.propose, record=record)
         added = self._arrivals(guide, removed, propose)
         return {name: Choice(removed[name], added[name]) for name in added}
 
@@ -519,14 +516,14 @@ class SSVI(SVI):
         """The flat indices of those that come, among each site's units.
 
         :param removed: what :meth:`_departures` gave.
-        :param propose: ``propose(active, rounds, room)`` gives the best of a site.
+        :param propose: ``propose(active, rounds, room=)`` gives the best of a site.
         """
         names, active_sets = list(removed), guide.active_sets
         if self.allocation == "global":
 
             def of_site(i: int, rounds: Rounds) -> Proposals:
                 with _naming(f"site {names[i]!r}"):
-                    return propose(active_sets[names[i]], rounds, None)
+                    return propose(active_sets[names[i]], rounds, room=None)
 
             gone = [len(each) for each in removed.values()]
             bounds = [r.addable(n) for r, n in zip(_rooms(guide, removed), gone, strict=True)]

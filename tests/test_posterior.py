@@ -411,16 +411,21 @@ def plain_network():
     return nn.Sequential(nn.Linear(12, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, 1))
 
 
-def test_a_sparse_network_needs_no_model_to_be_loaded():
-    regression = Regression()
-    svi = trained(regression)
-    sparse = regression.net.with_sparse_weights(svi.guide).eval()
+def reloaded(sparse):
     buffer = io.BytesIO()
     torch.save(sparse.state_dict(), buffer)
     buffer.seek(0)
     fresh = SparseNetwork(plain_network())
     fresh.load_state_dict(torch.load(buffer, weights_only=True))
-    assert torch.equal(fresh.eval()(X), sparse(X))
+    return fresh.eval()
+
+
+def test_a_sparse_network_needs_no_model_to_be_loaded():
+    regression = Regression()
+    svi = trained(regression)
+    sparse = regression.net.with_sparse_weights(svi.guide).eval()
+    fresh = reloaded(sparse)
+    assert torch.equal(fresh(X), sparse(X))
     twin = copy.deepcopy(fresh).double()
     torch.testing.assert_close(twin(X.double()).float(), sparse(X), rtol=1e-4, atol=1e-5)
     whole = SparseNetwork(plain_network()).eval()  # none of its weights are sparse
@@ -435,12 +440,8 @@ def test_a_sparse_network_keeps_structures():
     )
     guide(X, Y)
     sparse = regression.net.with_sparse_weights(guide).eval()
-    buffer = io.BytesIO()
-    torch.save(sparse.state_dict(), buffer)
-    buffer.seek(0)
-    fresh = SparseNetwork(plain_network())
-    fresh.load_state_dict(torch.load(buffer, weights_only=True))
-    assert torch.equal(fresh.eval()(X), sparse(X))
+    fresh = reloaded(sparse)
+    assert torch.equal(fresh(X), sparse(X))
     structures = [active.structure for active in fresh._active.values()]
     assert structures == [Columns(), NM(1, 2)]
 
