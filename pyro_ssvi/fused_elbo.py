@@ -25,6 +25,7 @@ from torch.distributions import kl_divergence
 from .distributions import SubspacePrior, elementwise_base, is_elementwise_real, single_number
 from .guides import AutoSparseDelta, AutoSparseLowRankMultivariateNormal, AutoSparseNormal
 from .guides.site_table import Site
+from .low_rank_draw import low_rank_draw
 from .sparse_tensor import SparseTensor
 
 __all__ = ["FusedELBO", "NotFusedError"]
@@ -212,9 +213,7 @@ def _draw(guide: Any, flat: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | float,
     if isinstance(guide, AutoSparseDelta):
         return flat[0], 0.0, None
     if not guide.mean_field:
-        joint = guide.joint(*flat)
-        draw = joint.rsample()
-        return draw, joint.log_prob(draw), None
+        return *low_rank_draw(*flat), None
     loc, scale = flat
     noise = torch.empty_like(loc)
     for (z,) in guide.split(noise):
