@@ -198,12 +198,15 @@ class Gradient(Addition):
 
 
 def race(scores: Tensor) -> Tensor:
-    """Speeds of an exponential race: the first ``n`` are ``n`` draws in proportion to scores."""
+    """Speeds of an exponential race: the first ``n`` are ``n`` draws in proportion to scores.
+
+    Scores of 0 come last, in an order that is drawn as well.
+    """
     # Half precision has no such small times. Logarithms of uniform numbers, of 24 bits, take a
     # fifth of the time of exponential_() on CPU.
     dtype = torch.promote_types(scores.dtype, torch.float32)
     times = torch.empty_like(scores, dtype=dtype).uniform_().log_().neg_()
-    return scores / times.clamp_(min=2.0**-25)
+    return scores.to(dtype).add(1e-30).div_(times.clamp_(min=2.0**-25))
 
 
 @dataclass(frozen=True)

@@ -219,3 +219,15 @@ def test_a_race_in_any_precision(dtype):
     speeds = race(torch.full((10**6,), 10.0, dtype=dtype))
     assert speeds.isfinite().all()
     assert speeds.unique().numel() > 10**5
+
+
+def test_a_race_among_zeros_has_no_favourites():
+    torch.manual_seed(0)
+    scores = torch.zeros(10_000)
+    scores[-10:] = 1e-6
+    first = race(scores).topk(1000).indices
+    assert set(range(9990, 10_000)) <= set(first.tolist())
+    assert 400 < (first < 5000).sum() < 600  # 6 standard deviations of 15
+    excluded = torch.full((3,), -torch.inf)
+    assert (race(excluded) == -torch.inf).all()
+    assert race(torch.tensor([torch.nan])).isnan()
