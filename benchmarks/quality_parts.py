@@ -11,6 +11,7 @@ from quality_runs import Setting
 __all__ = ["PARTS", "SEEDS", "quick"]
 
 SEEDS = (0, 1, 2)
+MORE_SEEDS = (*SEEDS, 3, 4, 5)  # where tenths of a point are asked about
 
 SPARSE = Setting()
 # Learning rate, KL weight and prior scale of each were chosen on held-out training images.
@@ -26,6 +27,7 @@ LONGER = replace(
     lr=3e-3,
     kl_weight=0.2,
 )
+SPARSE_20 = replace(SPARSE, density=0.2, lr=2e-3)
 LONGER_RUNS = [replace(LONGER, density=0.1), LONGER, replace(LONGER, structure="1x4")]
 # Chosen for the dense posterior by the same search.
 DENSE_LONGER = replace(DENSE, epochs=18, batch_size=256, lr=2e-3, kl_weight=0.2)
@@ -34,22 +36,19 @@ WIDER = replace(SPARSE, net="1600-1600", density=0.1, epochs=13, lr=1e-3, every=
 NET = Setting(method="deterministic", density=1.0, lr=1e-3, addition="gradient", share=0.0)
 
 
-def seeds(settings: list[Setting]) -> list[Setting]:
-    return [replace(setting, seed=seed) for seed in SEEDS for setting in settings]
+def seeds(settings: list[Setting], chosen: tuple[int, ...] = SEEDS) -> list[Setting]:
+    return [replace(setting, seed=seed) for seed in chosen for setting in settings]
 
 
 def densities() -> list[Setting]:
     """Dense against sparse at equal epochs, and at equal time."""
-    return seeds(
-        [
-            DENSE,
-            DENSE_LOCAL,
-            NET,
-            *(replace(SPARSE, density=d) for d in (0.2, 0.1, 0.05, 0.02, 0.01)),
-            DENSE_LONGER,
-            *LONGER_RUNS,
-        ]
-    )
+    sparse = [SPARSE_20, *(replace(SPARSE, density=d) for d in (0.1, 0.05, 0.02, 0.01))]
+    return [
+        *seeds([DENSE], MORE_SEEDS),
+        *seeds([DENSE_LOCAL, NET]),
+        *seeds(sparse, MORE_SEEDS),
+        *seeds([DENSE_LONGER, *LONGER_RUNS]),
+    ]
 
 
 def wider() -> list[Setting]:
@@ -58,9 +57,10 @@ def wider() -> list[Setting]:
     return seeds(
         [
             DENSE,
+            SPARSE_20,
             *(
-                replace(SPARSE, net=net, density=d)
-                for net, d in (("400-400", 0.2), ("800-800", 0.075), ("1600-1600", 0.025))
+                replace(SPARSE, net=net, density=d, lr=3e-3)
+                for net, d in (("800-800", 0.075), ("1600-1600", 0.025))
             ),
             WIDER,
         ]
@@ -71,15 +71,10 @@ def defaults() -> list[Setting]:
     """What a user has who sets a density alone; and with the paper's schedule, other additions."""
     at = replace(SPARSE, policy="uniform", init_loc="feasible")
     default = replace(at, addition="mixed_gradient", schedule="inverse-sqrt")
-    return seeds(
-        [
-            *(replace(default, density=d) for d in (0.1, 0.05, 0.02)),
-            *(
-                replace(at, addition=addition)
-                for addition in ("mixed_gradient", "gradient", "sampled_gradient")
-            ),
-        ]
-    )
+    alone = [replace(default, density=d) for d in (0.1, 0.05, 0.02)]
+    additions = ("mixed_gradient", "gradient", "sampled_gradient")
+    others = [replace(at, addition=addition) for addition in additions]
+    return seeds(alone, MORE_SEEDS) + seeds(others)
 
 
 def criteria() -> list[Setting]:
@@ -216,7 +211,8 @@ def steps() -> list[Setting]:
         DENSE,
         DENSE_LOCAL,
         NET,
-        *(replace(SPARSE, density=d) for d in (0.2, 0.1, 0.05, 0.02, 0.01)),
+        SPARSE_20,
+        *(replace(SPARSE, density=d) for d in (0.1, 0.05, 0.02, 0.01)),
         replace(SPARSE, method="low-rank"),
         replace(SPARSE, net="800-800", density=0.075),
         replace(SPARSE, net="1600-1600", density=0.025),

@@ -17,7 +17,8 @@ from pyro.infer import Trace_ELBO
 
 from pyro_ssvi import SSVI, AutoSparseNormal
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
 
 
 def run(name: str, arguments: str, folder: Path) -> subprocess.CompletedProcess:
@@ -186,6 +187,24 @@ def quality(tmp_path, monkeypatch):
     torch.set_num_threads(1)
     for module in ("quality", "quality_parts", "quality_runs", "quality_page"):
         sys.modules.pop(module, None)
+
+
+@pytest.mark.parametrize("page", ["docs/quality.md", "README.md", "docs/structured.md"])
+def test_pages_have_the_figures_of_the_lines(page, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import quality
+    import quality_page
+
+    def cells(text):
+        rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
+        return [[cell for cell in row if "±" in cell] for row in rows]
+
+    tables = quality_page.tables(quality.read(quality.RESULTS)).values()
+    known = [row for table in tables for row in cells(table)]
+    quoted = [row for row in cells((ROOT / page).read_text()) if len(row) > 2]
+    assert len(quoted) > 5
+    for row in quoted:
+        assert any(set(row) <= set(each) for each in known), row
 
 
 class InProcess(ThreadPoolExecutor):
