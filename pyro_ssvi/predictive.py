@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
@@ -83,7 +84,7 @@ class SparsePredictive(torch.nn.Module):
         if isinstance(self.guide, Ensemble):
             yield from self.guide.in_turns(self.num_samples)
         else:
-            yield from repeat(self.guide, self.num_samples)
+            yield from repeat(_SameParams()(self.guide), self.num_samples)
 
     def _padding(self, trace: Trace, guide_trace: Trace) -> dict[str, int]:
         """The sites to return, and how many dimensions each lacks to have those of all plates."""
@@ -100,3 +101,21 @@ class SparsePredictive(torch.nn.Module):
             name: 0 if name == "_RETURN" else plates - len(sites[name]["fn"].batch_shape)
             for name in names
         }
+
+
+class _SameParams(Messenger):
+    """Has a guide compute its parameters once: they are the same for all draws.
+
+    The scales of all coordinates take as long as a draw of them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[str, Tensor] = {}
+
+    def _pyro_param(self, msg: Any) -> None:
+        if msg["name"] in self.values:
+            msg["value"], msg["done"] = self.values[msg["name"]], True
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        self.values[msg["name"]] = msg["value"]

@@ -83,8 +83,15 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         return NotImplemented
     if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
         return NotImplemented
-    out = _product(weight, _columns(input)).t().reshape(*input.shape[:-1], weight.shape[0])
+    out = _product(weight, _columns(input))
+    if bias is not None and _may_add(bias, out):
+        out, bias = out.add_(bias.unsqueeze(-1)), None  # nobody else has seen it
+    out = out.t().reshape(*input.shape[:-1], weight.shape[0])
     return out if bias is None else out + bias
+
+
+def _may_add(bias: Tensor, out: Tensor) -> bool:
+    return not isinstance(bias, SparseTensor) and bias.dim() == 1 and bias.dtype == out.dtype
 
 
 @implements(Tensor.matmul, Tensor.__matmul__, torch.matmul)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from pyro.infer import Predictive
 from pyro.infer.autoguide import AutoNormal
+from pyro.poutine.messenger import Messenger
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_ssvi import AutoSparseNormal, SparsePredictive, forbid_materialise
@@ -50,6 +51,26 @@ def test_distribution_is_that_of_predictive(guide):
     error = (expected.var(0) / n + found.var(0) / n).sqrt()
     assert ((found.mean(0) - expected.mean(0)).abs() < 5 * error).all()
     torch.testing.assert_close(found.std(0), expected.std(0), rtol=0.15, atol=0)
+
+
+class ParamsComputed(Messenger):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def _pyro_param(self, msg):
+        if not msg["done"]:
+            self.names.append(msg["name"])
+
+
+def test_parameters_are_computed_once_a_call(guide):
+    predictive = SparsePredictive(model, guide, 4, ("w",))
+    with ParamsComputed() as computed:
+        before = predictive(X)["w"]
+    assert sorted(computed.names) == ["AutoSparseNormal.loc", "AutoSparseNormal.scale"]
+    with torch.no_grad():
+        guide.parameters_in_place()[0].add_(100)
+    assert predictive(X)["w"].max() > before.max() + 50
 
 
 def test_the_result_and_its_sites_are_of_the_same_draw(guide):

@@ -27,6 +27,8 @@ OUT, IN, BATCH = 5, 4, 3
 PRODUCTS = {
     "linear": lambda W, x, z, b: F.linear(x, W),
     "linear with bias": lambda W, x, z, b: F.linear(x, W, b),
+    "linear with one bias for all": lambda W, x, z, b: F.linear(x, W, b[:1]),
+    "linear with a bias for each row": lambda W, x, z, b: F.linear(x, W, z),
     "linear by keyword": lambda W, x, z, b: F.linear(bias=b, weight=W, input=x),
     "linear, 1-d input": lambda W, x, z, b: F.linear(x[0], W, b),
     "linear, 3-d input": lambda W, x, z, b: F.linear(x.expand(2, BATCH, IN), W, b),
