@@ -116,9 +116,12 @@ def exchanges() -> list[Setting]:
 
 
 def structures() -> list[Setting]:
-    """Tiles, groups, whole columns and rows, beside single coordinates, at 5 %."""
+    """Tiles, groups, whole columns and rows, beside single coordinates, at 5 %; tiles at 10 %."""
     names = ("single", "1x4", "4x1", "4x4", "n:m", "columns", "rows")
-    return seeds([replace(SPARSE, structure=name) for name in names])
+    twice_as_many = replace(SPARSE, density=0.1, structure="1x4")
+    return seeds([replace(SPARSE, structure=name) for name in names]) + seeds(
+        [twice_as_many], MORE_SEEDS
+    )
 
 
 def agreement() -> list[Setting]:
