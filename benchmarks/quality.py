@@ -49,8 +49,18 @@ def start_worker(data_dir: str) -> None:
     _data = quality_runs.load(data_dir)
 
 
+def machine() -> dict[str, Any]:
+    """What seconds depend on."""
+    cpu = torch.backends.cpu.get_cpu_capability()
+    return {"cpu": cpu, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
 def work(setting: Setting) -> dict[str, Any]:
-    return {"setting": asdict(setting), **quality_runs.run(setting, _data)}
+    return {
+        "setting": asdict(setting),
+        "machine": machine(),
+        **quality_runs.run(setting, _data),
+    }
 
 
 def train(settings: list[Setting], path: Path, data_dir: str, jobs: int) -> None:
@@ -87,7 +97,7 @@ def measure_steps(settings: list[Setting], path: Path, data_dir: str, rounds: in
         for setting, each in zip(settings, times, strict=True)
     ]
     with path.open("a") as file:
-        file.write(json.dumps({"steps": rows, "threads": torch.get_num_threads()}) + "\n")
+        file.write(json.dumps({"steps": rows, "machine": machine()}) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -74,6 +74,7 @@ class Setting:
         settings.
     :ivar allocation: "per_site", or "global": sites compete for active coordinates.
     :ivar schedule: "cosine", to three quarters of the steps, or "inverse-sqrt".
+    :ivar decay: whether the learning rate falls to 0 as a cosine.
     """
 
     method: str = "ssvi"
@@ -100,6 +101,7 @@ class Setting:
     seed: int = 0
     allocation: str = "per_site"
     schedule: str = "cosine"
+    decay: bool = True
 
 
 class Data(NamedTuple):
@@ -212,7 +214,7 @@ class Bayesian(Contender):
             else init_to_feasible,
             "init_scale": TINY if plain else setting.init_scale,
         }
-        optim = adam(setting.lr, num_steps, scales=not plain)
+        optim = adam(setting, num_steps, scales=not plain)
         elbo = TraceMeanField_ELBO() if setting.local else Trace_ELBO()
         if setting.method == "autonormal":
             self.guide = AutoNormal(model, **options)
@@ -300,17 +302,18 @@ def init_to_fan_in(densities: dict[str, float]) -> Callable:
     return init
 
 
-def adam(lr: float, num_steps: int, scales: bool) -> Any:
-    """Adam with a learning rate that falls to 0 as a cosine.
+def adam(setting: Setting, num_steps: int, scales: bool) -> Any:
+    """Adam with a learning rate that falls to 0 as a cosine, or stays what it is.
 
     :param scales: whether standard deviations are trained.
     """
 
     def options(name: str) -> dict[str, float]:
-        return {"lr": lr if scales or not name.endswith("scale") else 0.0}
+        return {"lr": setting.lr if scales or not name.endswith("scale") else 0.0}
 
     args = {"optimizer": torch.optim.Adam, "optim_args": options, "T_max": num_steps}
-    return pyro.optim.CosineAnnealingLR(args)
+    constant = {**args, "eta_min": setting.lr}
+    return pyro.optim.CosineAnnealingLR(args if setting.decay else constant)
 
 
 def make(setting: Setting, num_data: int, num_steps: int) -> Any:

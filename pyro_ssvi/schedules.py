@@ -102,16 +102,24 @@ class InverseSqrtSchedule(_Periodic):
     """``fraction sqrt(every / step)``, which asks for no number of steps; it is the default.
 
     The share falls fast at first, and always on: after 100 exchanges it is a tenth of what it was.
-    Exchanges never end. Where hardly more coordinates are active than count, as in a sparse
-    regression, the weakest one that counts goes and comes back time and again: there,
-    :class:`CosineSchedule` is better, which ends.
+    Exchanges never end, but a training for a multiple of ``every`` steps does not end in one:
+    they follow the first step after each multiple. Where hardly more coordinates are active than
+    count, as in a sparse regression, the weakest one that counts goes and comes back time and
+    again: there, :class:`CosineSchedule` is better, which ends.
 
     :param every: steps from one exchange to the next.
     :param fraction: share of the first exchange, in (0, 1].
     :param stop: from this step on there are no exchanges; by default there is no such step.
     """
 
+    every: int = 50
+
     endless: ClassVar[bool] = True
+
+    def due(self, step: int) -> bool:
+        """Whether an exchange follows this step: one after a positive multiple of ``every``, and
+        < ``stop``."""
+        return super().due(step - 1) and not self._over(step)
 
     def _decay(self, step: int) -> float:
         return math.sqrt(self.every / max(step, self.every))
