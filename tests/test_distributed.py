@@ -156,12 +156,13 @@ def exchange_by_hand(svi, records):
 
 
 @pytest.mark.parametrize("block_bytes", [4, 100, 10**6])
-def test_entries_read_by_blocks(block_bytes):
+def test_entries_read_by_blocks(monkeypatch, block_bytes):
+    monkeypatch.setattr("pyro_ssvi.exchange.BLOCK_BYTES", block_bytes)
     matrix = torch.randn(7, 5)
     active = ActiveSet.full((7, 5), torch.device("cpu"))
     for indices in ([0], [34], [4, 5, 6, 20, 33], list(range(35))):
         indices = torch.tensor(indices, dtype=torch.int64)
-        read = read_at(active, indices, lambda a, b: matrix[a:b], block_bytes)
+        read = read_at(active, indices, lambda a, b: matrix[a:b])
         assert torch.equal(read, matrix.flatten()[indices])
 
 
