@@ -115,13 +115,8 @@ def module_state(model: Callable) -> dict[str, Any]:
 
 
 def _refuse_lost(guide: AutoSparseGuide, *values: Tensor) -> None:
-    ok = guide.finite(*values)
-    if not ok.all():
-        lost = [
-            site.name
-            for site, (kept,) in zip(guide.sites, guide.split(ok), strict=True)
-            if not kept.all()
-        ]
+    lost = site_table.failing(guide.sites, guide.finite(*values))
+    if lost:
         raise ValueError(
             f"{values[0].dtype} cannot hold the locations or scales of sites {lost}: use "
             "torch.bfloat16, which has the range of float32, or no dtype"

@@ -17,7 +17,17 @@ from ..plain_data import Maybe, check_form, check_tensor
 from ..structures import Structure, count, read_structure, structure_state
 from .prototype import Structures, structure_of
 
-__all__ = ["FORM", "NEEDS_MODEL", "Site", "read_table", "table", "table_differences", "take_counts"]
+__all__ = [
+    "FORM",
+    "NEEDS_MODEL",
+    "Site",
+    "density_differences",
+    "failing",
+    "read_table",
+    "table",
+    "table_differences",
+    "take_counts",
+]
 
 VERSION = 2  # 1, which older versions read, where no site has a structure
 FORM = {
@@ -208,6 +218,12 @@ def table_differences(theirs: list[Site], ours: list[Site], here: str) -> list[s
         if was != has:
             lines.append(f"site {their.name!r}: saved with {was}, {here} has {has}")
     return lines
+
+
+def failing(sites: list[Site], ok: Tensor) -> list[str]:
+    """The names of the sites of which not every coordinate is ok, ``[K]``."""
+    parts = ok.split([site.k for site in sites])
+    return [site.name for site, part in zip(sites, parts, strict=True) if not part.all()]
 
 
 def take_counts(sites: list[Site], source: list[Site]) -> None:
