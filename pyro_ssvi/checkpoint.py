@@ -6,11 +6,9 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from functools import partial
-from inspect import unwrap
 from types import NoneType
 from typing import Any
 
-import numpy as np
 import pyro
 import torch
 from pyro.infer.autoguide import AutoGuide
@@ -21,7 +19,8 @@ from torch.distributions.constraints import Constraint
 from .constraint_state import check_constrained, constraint_difference, constraint_state
 from .errors import warn_caller
 from .gradient_record import GradientRecord, check_parts
-from .plain_data import Maybe, check_form, check_tensor, plain
+from .optimizer_trial import refusals
+from .plain_data import Maybe, check_form, plain
 from .random_state import check_random_state, leaving_no_trace, random_state, set_random_state
 from .safe_file import Format
 
@@ -224,11 +223,9 @@ class Staged:
         self.sites: dict[str, list] = {}
         self.links: dict[str, tuple[Tensor, Any]] = {}
         self.copies: list[tuple[Tensor, Tensor]] = []
-        self.optimizers: dict[Tensor, Any] = {}
-        self.with_grad: dict[Tensor, bool] = {}
+        # Optimizer, gradient clipping, and whether there is a gradient.
+        self.optimizers: dict[Tensor, tuple[Any, Any, bool]] = {}
         self.record: list[tuple[str, str, list]] = []
-        self.max_plate_nesting = state["elbo"]["max_plate_nesting"]
-        self.may_fuse = state["elbo"]["may_fuse"]
         self._stage_guides()
         self._compare_modules()
         if not self.problems:  # what follows only adds to what is said above
@@ -328,62 +325,26 @@ class Staged:
                 optimizer = optim._get_optim(parameter)
                 was, has = saved["class"], _optimizer_class(optimizer)
                 if was != has:
-                    self._refuse_optimizer(key, f"saved from {was}, here it is {has}")
+                    self.problems.append(
+                        f"optimizer of {key!r}: saved from {was}, here it is {has}"
+                    )
                     continue
+                copied = parameter.detach().clone().requires_grad_()
+                names[copied] = names.get(parameter, key)
+                made = optim._get_optim(copied)
+                for why in refusals(made, copied, saved["state"], stepped=saved["grad"]):
+                    self.problems.append(f"optimizer of {key!r}: {why}")
                 _load_state_dict(optimizer, copy.deepcopy(saved["state"]))
-                self._try_a_step(key, parameter, saved)
-                self.optimizers[parameter] = optimizer, optim._get_grad_clip(parameter)
-                self.with_grad[parameter] = saved["grad"]
+                clip = optim._get_grad_clip(parameter)
+                self.optimizers[parameter] = optimizer, clip, saved["grad"]
         except Exception as error:
             self.problems.append(f"the optimizer's state cannot be loaded: {error!r}")
         finally:
             names.clear()
             names.update(before)
 
-    def _try_a_step(self, key: str, parameter: Tensor, saved: Mapping[str, Any]) -> None:
-        """Have an optimizer step a copy, without this state and with it.
-
-        Only an optimizer can tell what it needs. One of the user's may need more than a gradient,
-        and is not asked.
-        """
-        copied = parameter.detach().clone().requires_grad_()
-        names = pyro.get_param_store()._param_to_name
-        names[copied] = names.get(parameter, key)
-        made = self.svi.optim._get_optim(copied)
-        optimizer = made.optimizer if is_scheduler(made) else made
-        options, first = dict(optimizer.param_groups[0]), dict(optimizer.state.get(copied, {}))
-        _load_state_dict(made, copy.deepcopy(saved["state"]))
-        for name, value in optimizer.param_groups[0].items():
-            nan = isinstance(value, float) and math.isnan(value)
-            if name != "params" and (nan or not _alike(value, options.get(name))):
-                self._refuse_optimizer(key, f"{name!r} was saved as {value!r}")
-        state = dict(optimizer.state.get(copied, {}))
-        fresh = _after_a_step(optimizer, copied, first)
-        for name, value in state.items():
-            if not isinstance(value, Tensor):
-                continue
-            check_tensor(value, repr(name))
-            if fresh is not None:
-                like = fresh.get(name)
-            else:  # it was not asked: vectors are like a vector
-                like = copied if value.dim() == copied.dim() == 1 else None
-            if isinstance(like, Tensor) and value.shape != like.shape:
-                words = f"{name!r} was saved with shape {tuple(value.shape)}"
-                self._refuse_optimizer(key, f"{words}, expected {tuple(like.shape)}")
-        if fresh is None:
-            return
-        with torch.no_grad():
-            copied.copy_(parameter)
-        if _after_a_step(optimizer, copied, dict(state)) is None:
-            self._refuse_optimizer(key, f"it cannot go on from {sorted(state)} as they were saved")
-        if saved["grad"] and not state and any(isinstance(v, Tensor) for v in fresh.values()):
-            self._refuse_optimizer(key, "what it had of earlier steps is not in it")
-
-    def _refuse_optimizer(self, key: str, why: str) -> None:
-        self.problems.append(f"optimizer of {key!r}: {why}")
-
     def _check_rest(self) -> None:
-        steps, plates = self.state["steps"], self.max_plate_nesting
+        steps, plates = self.state["steps"], self.state["elbo"]["max_plate_nesting"]
         if steps < 0:
             self.problems.append(f"expected a number of steps, got {steps!r}")
         if not (plates == math.inf or (type(plates) is int and plates >= 0)):
@@ -448,8 +409,8 @@ class Staged:
         for prefix, site, parts in self.record:
             svi._record.add_parts(guides[prefix].active_sets[site], parts)
         if hasattr(_elbo(svi), "max_plate_nesting"):
-            _elbo(svi).max_plate_nesting = self.max_plate_nesting
-        svi._may_fuse, svi._fused = self.may_fuse, None
+            _elbo(svi).max_plate_nesting = state["elbo"]["max_plate_nesting"]
+        svi._may_fuse, svi._fused = state["elbo"]["may_fuse"], None
         set_random_state(state["random"])
 
     def _commit_store(self) -> None:
@@ -463,9 +424,8 @@ class Staged:
         optim = self.svi.optim
         optim.optim_objs.clear()
         optim.grad_clip.clear()
-        for parameter, (optimizer, clip) in self.optimizers.items():
+        for parameter, (optimizer, clip, has_grad) in self.optimizers.items():
             optim.optim_objs[parameter], optim.grad_clip[parameter] = optimizer, clip
-        for parameter, has_grad in self.with_grad.items():
             parameter.grad = torch.zeros_like(parameter) if has_grad else None
 
 
@@ -486,37 +446,6 @@ def _own_constraints(svi: Any) -> dict[str, Any]:
         for name, (constraint, _) in getattr(part, "_pyro_params", {}).items()
         if isinstance(constraint, Constraint)
     }
-
-
-def _after_a_step(optimizer: Any, parameter: Tensor, state: dict[str, Any]) -> Any:
-    """What an optimizer has after a step from some state.
-
-    :return: ``None`` if it can take none that leaves finite numbers, or is not torch's or Pyro's.
-    """
-    own = type(optimizer).__module__.startswith(("torch.optim", "pyro.optim"))
-    if not own or optimizer.param_groups[0].get("subsample_aware"):
-        return None
-    parameter.grad = torch.ones_like(parameter)
-    optimizer.state[parameter] = state
-    try:
-        with leaving_no_trace(), torch.no_grad():
-            unwrap(type(optimizer).step)(optimizer)  # past the hooks of others
-    except Exception:
-        return None
-    return dict(optimizer.state[parameter]) if parameter.isfinite().all() else None
-
-
-def _alike(saved: Any, ours: Any) -> bool:
-    """Whether a setting of an optimizer can stand for another."""
-    if isinstance(saved, (list, tuple)) and isinstance(ours, (list, tuple)):
-        return len(saved) == len(ours) and all(map(_alike, saved, ours))
-    return saved is None or ours is None or _kind(saved) is _kind(ours)
-
-
-def _kind(value: Any) -> type:
-    if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.dim() == 0):
-        value = value.item()
-    return float if type(value) is int else type(value)
 
 
 def _described_tensor(value: Any) -> str:
