@@ -19,6 +19,7 @@ from torch.distributions.constraints import Constraint
 from .constraint_state import check_constrained, constraint_difference, constraint_state
 from .errors import warn_caller
 from .gradient_record import GradientRecord, check_parts
+from .guides import AutoSparseGuide
 from .optimizer_trial import refusals
 from .plain_data import Maybe, check_form, plain
 from .random_state import check_random_state, leaving_no_trace, random_state, set_random_state
@@ -87,7 +88,7 @@ def state_of(svi: Any) -> dict[str, Any]:
         }
     state = {
         "version": FILES.version,
-        "guide": svi.guide.state_dict() if isinstance(svi.guide, nn.Module) else {},
+        "guide": svi.guide.state_dict(),
         "model": svi.model.state_dict(),
         "store": entries,
         "optim": {
@@ -119,23 +120,23 @@ def state_of(svi: Any) -> dict[str, Any]:
     return plain(state, "the state")
 
 
+def _modules(svi: Any) -> dict[str, nn.Module]:
+    return {"guide": svi.guide, "model": svi.model}
+
+
 def _parameters(svi: Any) -> dict[str, nn.Parameter]:
     """Parameters by their place in the modules: that needs no parameter store."""
-    modules = {"guide": svi.guide, "model": svi.model}
     return {
         f"{kind}.{name}": parameter
-        for kind, module in modules.items()
-        if isinstance(module, nn.Module)
+        for kind, module in _modules(svi).items()
         for name, parameter in module.named_parameters()
     }
 
 
 def _sparse_guides(svi: Any) -> Iterator[tuple[str, Any]]:
-    ours = svi.guides
-    if ours:
-        for name, part in svi.guide.named_modules():
-            if part in ours:
-                yield f"{name}." if name else "", part
+    for name, part in svi.guide.named_modules():
+        if isinstance(part, AutoSparseGuide):
+            yield f"{name}." if name else "", part
 
 
 def _elbo(svi: Any) -> Any:
@@ -253,9 +254,8 @@ class Staged:
             for prefix, guide in _sparse_guides(self.svi)
             for name in (*guide.raw_names, "indices", "_extra_state")
         }
-        for kind, module in (("guide", self.svi.guide), ("model", self.svi.model)):
-            ours = module.state_dict() if isinstance(module, nn.Module) else {}
-            theirs = self.state[kind]
+        for kind, module in _modules(self.svi).items():
+            theirs, ours = self.state[kind], module.state_dict()
             for key in dict.fromkeys([*theirs, *ours]):
                 if kind == "guide" and key in own:
                     continue
@@ -390,9 +390,8 @@ class Staged:
                 raw = [self.parameters[f"guide.{prefix}{name}"] for name in guide.raw_names]
                 indices = state["guide"][prefix + "indices"].clone()
                 guide.take_sites(self.sites[prefix], raw, indices)
-        for kind, module in (("guide", svi.guide), ("model", svi.model)):
-            if isinstance(module, nn.Module):
-                module.load_state_dict(state[kind])
+        for kind, module in _modules(svi).items():
+            module.load_state_dict(state[kind])
         if any(self.sites.values()):
             for part in svi.guide.modules():
                 if isinstance(part, AutoGuide) and part.prototype_trace is None:
@@ -440,8 +439,7 @@ def _own_constraints(svi: Any) -> dict[str, Any]:
     """The constraints of parameters of Pyro modules, by their place in the modules."""
     return {
         f"{kind}.{prefix}{'.' if prefix else ''}{name}_unconstrained": constraint
-        for kind, module in (("guide", svi.guide), ("model", svi.model))
-        if isinstance(module, nn.Module)
+        for kind, module in _modules(svi).items()
         for prefix, part in module.named_modules()
         for name, (constraint, _) in getattr(part, "_pyro_params", {}).items()
         if isinstance(constraint, Constraint)
