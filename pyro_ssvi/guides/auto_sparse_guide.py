@@ -298,11 +298,9 @@ class AutoSparseGuide(AutoGuide):
             errors.append(str(error))
             return
         if sites and not self.sites:
-            raw, indices = (
-                [torch.empty_like(state_dict[prefix + name]) for name in names]
-                for names in (self.raw_names, ["indices"])
-            )
-            self.take_sites(sites, [torch.nn.Parameter(each) for each in raw], *indices)
+            raw = [torch.empty_like(state_dict[prefix + name]) for name in self.raw_names]
+            indices = torch.empty_like(state_dict[prefix + "indices"])
+            self.take_sites(sites, [torch.nn.Parameter(each) for each in raw], indices)
         if self.sites:
             take_counts(self.sites, sites)
             self.indices = torch.empty_like(self.indices)  # the old one is in active sets
