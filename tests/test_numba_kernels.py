@@ -15,6 +15,13 @@ numba_cpu = pytest.importorskip("pyro_ssvi.kernels.numba_cpu", exc_type=ModuleNo
 
 BATCHES = [1, 7, 32, 128, 1000]
 DTYPES = list(numba_cpu.DTYPES)
+LAYOUTS = {
+    "contiguous": torch.randn,
+    "transposed": lambda n, batch: torch.randn(batch, n).t(),
+    "strided": lambda n, batch: torch.randn(2 * n, 3 * batch)[::2, ::3],
+    "columns": lambda n, batch: torch.randn(n, batch + 5)[:, 2:-3],
+    "expanded": lambda n, batch: torch.randn(batch).expand(n, batch),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -57,18 +64,12 @@ def test_equals_dense(dtype, batch, flops, monkeypatch):
     cols=st.integers(1, 20),
     share=st.floats(0, 1),
     batch=st.integers(1, 150),
-    layout=st.sampled_from(["contiguous", "transposed", "strided", "columns", "expanded"]),
+    layout=st.sampled_from(list(LAYOUTS)),
 )
 def test_any_shape_and_layout_equals_dense(rows, cols, share, batch, layout):
     active, values, _ = problem(rows, cols, max(1, int(share * rows * cols)))
-    make = {
-        "contiguous": lambda n: torch.randn(n, batch),
-        "transposed": lambda n: torch.randn(batch, n).t(),
-        "strided": lambda n: torch.randn(2 * n, 3 * batch)[::2, ::3],
-        "columns": lambda n: torch.randn(n, batch + 5)[:, 2:-3],
-        "expanded": lambda n: torch.randn(batch).expand(n, batch),
-    }[layout]
-    assert_equals_dense(active, values, make(cols), make(rows))
+    make = LAYOUTS[layout]
+    assert_equals_dense(active, values, make(cols, batch), make(rows, batch))
 
 
 def test_empty_rows_give_zero():
