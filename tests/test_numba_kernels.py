@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_kernels import LAYOUTS
 
 from pyro_ssvi import ActiveSet
 
@@ -15,13 +16,6 @@ numba_cpu = pytest.importorskip("pyro_ssvi.kernels.numba_cpu", exc_type=ModuleNo
 
 BATCHES = [1, 7, 32, 128, 1000]
 DTYPES = list(numba_cpu.DTYPES)
-LAYOUTS = {
-    "contiguous": torch.randn,
-    "transposed": lambda n, batch: torch.randn(batch, n).t(),
-    "strided": lambda n, batch: torch.randn(2 * n, 3 * batch)[::2, ::3],
-    "columns": lambda n, batch: torch.randn(n, batch + 5)[:, 2:-3],
-    "expanded": lambda n, batch: torch.randn(batch).expand(n, batch),
-}
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_numba_kernels import LAYOUTS
+from test_kernels import LAYOUTS
 
 from pyro_ssvi import ActiveSet, autograd, kernels
 from pyro_ssvi.structures import NM, Columns, Rows, Tiles
