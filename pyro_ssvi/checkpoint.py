@@ -233,6 +233,7 @@ class Staged:
             self._stage_store()
         if not self.problems:
             self._stage_optimizers()
+            self._stage_record()
             self._check_rest()
 
     def _stage_guides(self) -> None:
@@ -343,6 +344,23 @@ class Staged:
             names.clear()
             names.update(before)
 
+    def _stage_record(self) -> None:
+        known = {
+            (prefix, site.name): site for prefix, sites in self.sites.items() for site in sites
+        }
+        for entry in self.state["record"]:
+            site = known.get((entry["guide"], entry["site"]))
+            if site is None:
+                self.problems.append(f"it has a gradient of an unknown site {entry['site']!r}")
+                continue
+            try:
+                parts = GradientRecord.read_parts(plain(entry["parts"], "the record"))
+                check_parts(parts, site.shape)
+            except Exception as error:
+                self.problems.append(f"its gradient of site {entry['site']!r}: {error!r}")
+                continue
+            self.record.append((entry["guide"], entry["site"], parts))
+
     def _check_rest(self) -> None:
         steps, plates = self.state["steps"], self.state["elbo"]["max_plate_nesting"]
         if steps < 0:
@@ -362,21 +380,6 @@ class Staged:
         missing = [key for key in dict.fromkeys(stepped) if key not in optim]
         if missing:
             self.problems.append(f"it has no optimizer of {missing}")
-        known = {
-            (prefix, site.name): site for prefix, sites in self.sites.items() for site in sites
-        }
-        for entry in self.state["record"]:
-            site = known.get((entry["guide"], entry["site"]))
-            if site is None:
-                self.problems.append(f"it has a gradient of an unknown site {entry['site']!r}")
-                continue
-            try:
-                parts = GradientRecord.read_parts(plain(entry["parts"], "the record"))
-                check_parts(parts, site.shape)
-            except Exception as error:
-                self.problems.append(f"its gradient of site {entry['site']!r}: {error!r}")
-                continue
-            self.record.append((entry["guide"], entry["site"], parts))
         try:
             check_random_state(self.state["random"])
         except Exception as error:
