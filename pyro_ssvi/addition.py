@@ -164,9 +164,8 @@ class Gradient(Addition):
 
     def rounds(self, n: int) -> Rounds:
         drawn = math.floor(self.sampled * n)
-        return [each for each in ((n - drawn, as_they_are), (drawn, race)) if each[0]] or [
-            (0, as_they_are)
-        ]
+        rounds: Rounds = [(n - drawn, as_they_are), (drawn, race)]
+        return [each for each in rounds if each[0]] or rounds[:1]
 
     def scores(self, active: ActiveSet, start: int, stop: int, record: GradientRecord) -> Tensor:
         units = unit_scores(active, lambda a, b: self._of(record.block(active, a, b)))
