@@ -301,11 +301,7 @@ class DistributedSSVI(SSVI):
             }
 
             def propose(active: ActiveSet, rounds: Rounds, room: Tensor | None) -> Proposals:
-                candidates, scores = pools[active]
-                return [
-                    best(active, candidates, compare(scores), min(m, len(scores)), room)
-                    for m, compare in rounds
-                ]
+                return best(active, rounds, *pools[active], room=room)
 
             added = self._in_all(
                 "choose coordinates", lambda: self._arrivals(guide, removed, propose)

@@ -241,21 +241,27 @@ class _Leaders:
 
 
 def best(
-    active: ActiveSet, candidates: Tensor, scores: Tensor, n: int, room: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Those of some inactive units that have the largest scores.
+    active: ActiveSet,
+    rounds: Rounds,
+    candidates: Tensor,
+    scores: Tensor,
+    room: Tensor | None = None,
+) -> Proposals:
+    """As :func:`top_inactive`, but of some units alone.
 
-    :param candidates: their flat indices, ``[m]``.
+    :param candidates: sorted flat indices of inactive units, ``[m]``.
     :param scores: ``[m]``.
-    :param room: as for :func:`top_inactive`.
-    :return: flat indices and scores, both ``[n]``.
     """
-    if room is not None:
-        assert isinstance(active.structure, NM)
-        group = candidates // active.structure.m
-        scores = scores.where(_rank(group, scores) < room[group], -math.inf)
-    top, place = scores.topk(n, sorted=False)
-    return candidates[place], top
+    proposals = []
+    for n, compare in rounds:
+        compared = compare(scores)
+        if room is not None:
+            assert isinstance(active.structure, NM)
+            group = candidates // active.structure.m
+            compared = compared.where(_rank(group, compared) < room[group], -math.inf)
+        values, place = compared.topk(min(n, len(compared)), sorted=False)
+        proposals.append((candidates[place], values))
+    return proposals
 
 
 def _rank(group: Tensor, scores: Tensor) -> Tensor:

@@ -207,7 +207,7 @@ def test_groups_lose_the_least_and_gain_their_own_largest(active, block_bytes, d
     }
     assert set(added.tolist()) == expected
     candidates = (~active.mask).flatten().nonzero().squeeze(-1)
-    again, _ = best(active, candidates, scores.flatten()[candidates], count, taken)
+    ((again, _),) = best(active, wanted, candidates, scores.flatten()[candidates], taken)
     assert set(again.tolist()) == expected
 
 
