@@ -258,7 +258,7 @@ class Evidence(Addition):
     def scores(self, active: ActiveSet, start: int, stop: int, record: GradientRecord) -> Tensor:
         """The gains in nats of these rows of the site's matrix."""
         sums = torch.stack([record.block(active, start, stop), record.squares(active, start, stop)])
-        scale = rows_of(record.priors[active].normal.scale, start, stop)
+        scale = rows_of(record.priors[active].scale, start, stop)
         return addition_gain(*self.parabola(active, sums, record), scale)
 
     def read(self, active: ActiveSet, indices: Tensor, record: GradientRecord) -> Tensor:
@@ -278,7 +278,7 @@ class Evidence(Addition):
 
         :param sums: what :meth:`read` gave, or its mean over several processes.
         """
-        scale = taken(record.priors[active].normal.scale, active.shape, indices)
+        scale = taken(record.priors[active].scale, active.shape, indices)
         return addition_gain(*self.parabola(active, sums, record, processes), scale)
 
     def first_values(
@@ -294,7 +294,7 @@ class Evidence(Addition):
         Each has its :func:`~pyro_ssvi.evidence.laplace` values, but that all go only as far as is
         best for all of them together: many want the same thing, and would overshoot.
         """
-        prior_scale = taken(record.priors[active].normal.scale, active.shape, indices)
+        prior_scale = taken(record.priors[active].scale, active.shape, indices)
         gradient, curvature = self.parabola(active, sums, record, processes)
         loc, scale = laplace(gradient, curvature, prior_scale)
         # The parabola along loc, with the curvature that the examples' gradients have along it.
