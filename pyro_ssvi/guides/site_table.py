@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -15,7 +15,7 @@ from ..constraint_state import constraint_difference, constraint_state
 from ..densities import Policy
 from ..plain_data import Maybe, check_form, check_tensor
 from ..structures import Structure, count, read_structure, structure_state
-from .prototype import Structures, structure_of
+from .prototype import Density, Structures, structure_of
 
 __all__ = [
     "FORM",
@@ -243,11 +243,7 @@ def _described(site: Site, other: Site) -> str:
     return words
 
 
-def density_differences(
-    sites: list[Site],
-    density: float | Mapping[str, float] | Callable | Policy,
-    structure: Structures,
-) -> list[str]:
+def density_differences(sites: list[Site], density: Density, structure: Structures) -> list[str]:
     """What can be known of the differences before the model has run: of sparse sites alone."""
     lines: list[str] = []
     for site in sites:
