@@ -265,17 +265,23 @@ def test_the_record_holds_the_gradient_of_the_mean(local_reparam):
     assert not guide.active_sets["w0"].same(active)
 
 
-@pytest.mark.parametrize("by_schedule", [False, True])
-def test_gradients_of_samples_are_averaged(by_schedule, monkeypatch):
-    seen, single = [], []
-    original = GradientRecord.add_product
+@pytest.fixture
+def single(monkeypatch):
+    """The gradients with respect to w0 that are recorded."""
+    gradients, original = [], GradientRecord.add_product
 
     def spy(self, active, g, x):
         if active.shape == (10, 12):
-            single.append(g @ x.t())
+            gradients.append(g @ x.t())
         original(self, active, g, x)
 
     monkeypatch.setattr(GradientRecord, "add_product", spy)
+    return gradients
+
+
+@pytest.mark.parametrize("by_schedule", [False, True])
+def test_gradients_of_samples_are_averaged(by_schedule, single):
+    seen = []
     _guide, svi = make(
         addition=Gradient(batches=1, samples=4, score=lambda g: seen.append(g) or g.abs()),
         schedule=ConstantSchedule(every=2),
@@ -290,24 +296,14 @@ def test_gradients_of_samples_are_averaged(by_schedule, monkeypatch):
     torch.testing.assert_close(seen[0], sum(single) / 4)
 
 
-def test_gradients_of_batches_are_averaged():
+def test_gradients_of_batches_are_averaged(single):
     seen = []
     _guide, svi = make(
         addition=Gradient(batches=3, score=lambda g: seen.append(g) or g.abs()),
         schedule=ConstantSchedule(every=3),
     )
-    single = []
-    original = GradientRecord.add_product
-
-    def spy(self, active, g, x):
-        if active.shape == (10, 12):
-            single.append(g @ x.t())
-        original(self, active, g, x)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GradientRecord, "add_product", spy)
-        for _ in range(3):
-            svi.step(x, y)
+    for _ in range(3):
+        svi.step(x, y)
     assert len(single) == 3
     torch.testing.assert_close(seen[0], sum(single) / 3)
 
