@@ -19,6 +19,7 @@ from .gradient_record import GradientRecord
 from .joint_step import squares_along
 
 __all__ = [
+    "ADDITION",
     "Addition",
     "Evidence",
     "Gradient",

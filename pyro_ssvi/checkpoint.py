@@ -188,9 +188,9 @@ def stage(svi: Any, state: Mapping[str, Any], source: str) -> Staged:
         staged = Staged(svi, state)
     except Exception as error:
         raise ValueError(f"{source} is damaged: {error!r}") from error
-    was, has = (_described(each) for each in (state["schedule"], schedule_state(svi.schedule)))
     if staged.problems:
         raise ValueError(f"{source} does not fit this SSVI:\n  " + "\n  ".join(staged.problems))
+    was, has = (_described(each) for each in (state["schedule"], schedule_state(svi.schedule)))
     if was != has:
         warn_caller(f"saved with the schedule {was}; training goes on with this SSVI's own, {has}")
     return staged
