@@ -275,10 +275,7 @@ class Evidence(Addition):
         record: GradientRecord,
         processes: int = 1,
     ) -> Tensor:
-        """The gains at some indices.
-
-        :param sums: what :meth:`read` gave, or its mean over several processes.
-        """
+        """The gains at some indices."""
         scale = taken(record.priors[active].scale, active.shape, indices)
         return addition_gain(*self.parabola(active, sums, record, processes), scale)
 

@@ -21,7 +21,6 @@ __all__ = [
     "read_at",
     "room",
     "rows_at_once",
-    "smallest",
     "swap",
     "top_inactive",
     "unit_scores",
@@ -51,11 +50,6 @@ class Move(NamedTuple):
     first: tuple[Tensor, Tensor] | None = None
 
 
-def smallest(scores: Tensor, n: int) -> Tensor:
-    """The places of the ``n`` smallest scores."""
-    return scores.topk(n, largest=False, sorted=False).indices
-
-
 def weakest(active: ActiveSet, scores: Tensor, n: int) -> Tensor:
     """The places, in ``active.units``, of the ``n`` that are to be removed.
 
@@ -67,7 +61,7 @@ def weakest(active: ActiveSet, scores: Tensor, n: int) -> Tensor:
         group = torch.arange(len(scores), device=scores.device) // structure.n
         spare = _rank(group, -scores) < structure.m - structure.n
         scores = scores.where(spare, math.inf)
-    return smallest(active.unit_sums(scores), n)
+    return active.unit_sums(scores).topk(n, largest=False, sorted=False).indices
 
 
 def room(active: ActiveSet, removed: Tensor) -> Tensor | None:

@@ -15,7 +15,7 @@ from training_to_resume import X, Y, make
 from pyro_ssvi import ActiveSet, ConstantSchedule, load_posterior
 from pyro_ssvi.addition import Gradient
 from pyro_ssvi.distributed import DistributedSSVI
-from pyro_ssvi.exchange import read_at, smallest, swap
+from pyro_ssvi.exchange import read_at, swap
 from pyro_ssvi.gradient_record import GradientRecord
 from pyro_ssvi.optimizer_state import carry_state
 from pyro_ssvi.random_state import random_state, set_random_state
@@ -148,7 +148,7 @@ def exchange_by_hand(svi, records):
         mean = by_tile(active, torch.stack(each).mean(0).abs())
         added = torch.tensor(sorted(best, key=lambda i: -mean[i])[:n])
         scores = active.unit_sums(svi.removal(posterior[name].loc, posterior[name].scale))
-        moves[name] = swap(active, smallest(scores, n), added)
+        moves[name] = swap(active, scores.topk(n, largest=False).indices, added)
     source = svi.guide.exchange(moves)
     for param in svi.guide.parameters_in_place():
         carry_state(svi.optim, param, source)

@@ -11,7 +11,7 @@ from test_active_set import active_sets
 from pyro_ssvi import ActiveSet
 from pyro_ssvi.active_set import draw_distinct
 from pyro_ssvi.allocation import as_they_are
-from pyro_ssvi.exchange import carry, smallest, swap, top_inactive
+from pyro_ssvi.exchange import carry, swap, top_inactive, weakest
 
 
 @given(active_sets(), st.data())
@@ -50,9 +50,9 @@ def test_swap_may_change_the_number():
     assert move.source.tolist() == [-1, 2]
 
 
-def test_smallest():
-    scores = torch.tensor([3.0, 1.0, 2.0, 0.5])
-    assert set(smallest(scores, 2).tolist()) == {1, 3}
+def test_weakest():
+    active = ActiveSet(torch.tensor([1, 2, 4, 5]), (6,))
+    assert set(weakest(active, torch.tensor([3.0, 1.0, 2.0, 0.5]), 2).tolist()) == {1, 3}
 
 
 @given(active_sets(), st.integers(1, 400), st.data())
