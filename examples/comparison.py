@@ -23,7 +23,7 @@ def make(
     lr: float,
     every: int = 20,
     site: str | None = None,
-    addition: str = "mixed_gradient",
+    addition: str | None = None,
     **options: Any,
 ) -> SVI:
     """Inference with AutoNormal (for a density of 1) or with AutoSparseNormal.
@@ -31,7 +31,7 @@ def make(
     :param lr: learning rate of the first step, which falls to 3 % of it.
     :param every: steps between exchanges.
     :param site: the only site that is sparse; by default all are that have two dimensions or more.
-    :param addition: criterion of SSVI.
+    :param addition: criterion of SSVI, by default SSVI's own.
     :param options: of either guide.
     """
     pyro.clear_param_store()
@@ -41,7 +41,8 @@ def make(
     densities = density if site is None else {site: density}
     guide = AutoSparseNormal(model, density=densities, **options)
     schedule = CosineSchedule(every=every, stop=int(0.75 * steps))
-    return SSVI(model, guide, optim, Trace_ELBO(), addition=addition, schedule=schedule)
+    criterion = {} if addition is None else {"addition": addition}
+    return SSVI(model, guide, optim, Trace_ELBO(), schedule=schedule, **criterion)
 
 
 def fit(

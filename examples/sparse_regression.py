@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--features", type=int, default=5000, help="in the simulation")
-    parser.add_argument("--addition", choices=sorted(ADDITION), default="mixed_gradient")
+    parser.add_argument("--addition", choices=sorted(ADDITION), help="SSVI's own by default")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     options = {**OPTIONS, "addition": args.addition}

@@ -15,7 +15,7 @@ from .tiling import Tiling
 if TYPE_CHECKING:
     from .structures import Structure
 
-__all__ = ["CSR", "ActiveSet", "Lines", "draw_distinct"]
+__all__ = ["CSR", "ActiveSet", "Lines", "draw_distinct", "matrix_shape"]
 
 
 class CSR(NamedTuple):
@@ -182,9 +182,7 @@ class ActiveSet:
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """The site as a matrix: its first dimension by all others."""
-        if not self.shape:
-            return (1, 1)
-        return (self.shape[0], math.prod(self.shape[1:]))
+        return matrix_shape(self.shape)
 
     def in_tiles(self, rows: int, cols: int) -> Tiling:
         """The active coordinates as tiles of the site's matrix.
@@ -307,6 +305,11 @@ class ActiveSet:
         column, perm = self.csr.col.sort(stable=True)
         crow, perm = _offsets(column, cols), _narrow(perm)
         return CSR(crow, _narrow(self.indices[perm] // cols), perm, (cols, rows))
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """The shape of a site as a matrix: its first dimension by all others."""
+    return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
 
 
 def _narrow(indices: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from .gradient_record import GradientRecord
 from .joint_step import squares_along
 
 __all__ = [
+    "ADDITION",
     "Addition",
     "Evidence",
     "Gradient",
@@ -164,9 +165,8 @@ class Gradient(Addition):
 
     def rounds(self, n: int) -> Rounds:
         drawn = math.floor(self.sampled * n)
-        return [each for each in ((n - drawn, as_they_are), (drawn, race)) if each[0]] or [
-            (0, as_they_are)
-        ]
+        rounds: Rounds = [(n - drawn, as_they_are), (drawn, race)]
+        return [each for each in rounds if each[0]] or rounds[:1]
 
     def scores(self, active: ActiveSet, start: int, stop: int, record: GradientRecord) -> Tensor:
         units = unit_scores(active, lambda a, b: self._of(record.block(active, a, b)))
@@ -262,7 +262,7 @@ class Evidence(Addition):
     def scores(self, active: ActiveSet, start: int, stop: int, record: GradientRecord) -> Tensor:
         """The gains in nats of these rows of the site's matrix."""
         sums = torch.stack([record.block(active, start, stop), record.squares(active, start, stop)])
-        scale = rows_of(record.priors[active].normal.scale, start, stop)
+        scale = rows_of(record.priors[active].scale, start, stop)
         return addition_gain(*self.parabola(active, sums, record), scale)
 
     def read(self, active: ActiveSet, indices: Tensor, record: GradientRecord) -> Tensor:
@@ -278,11 +278,8 @@ class Evidence(Addition):
         record: GradientRecord,
         processes: int = 1,
     ) -> Tensor:
-        """The gains at some indices.
-
-        :param sums: what :meth:`read` gave, or its mean over several processes.
-        """
-        scale = taken(record.priors[active].normal.scale, active.shape, indices)
+        """The gains at some indices."""
+        scale = taken(record.priors[active].scale, active.shape, indices)
         return addition_gain(*self.parabola(active, sums, record, processes), scale)
 
     def first_values(
@@ -298,7 +295,7 @@ class Evidence(Addition):
         Each has its :func:`~pyro_ssvi.evidence.laplace` values, but that all go only as far as is
         best for all of them together: many want the same thing, and would overshoot.
         """
-        prior_scale = taken(record.priors[active].normal.scale, active.shape, indices)
+        prior_scale = taken(record.priors[active].scale, active.shape, indices)
         gradient, curvature = self.parabola(active, sums, record, processes)
         loc, scale = laplace(gradient, curvature, prior_scale)
         # The parabola along loc, with the curvature that the examples' gradients have along it.

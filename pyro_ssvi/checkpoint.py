@@ -6,11 +6,9 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from functools import partial
-from inspect import unwrap
 from types import NoneType
 from typing import Any
 
-import numpy as np
 import pyro
 import torch
 from pyro.infer.autoguide import AutoGuide
@@ -21,7 +19,9 @@ from torch.distributions.constraints import Constraint
 from .constraint_state import check_constrained, constraint_difference, constraint_state
 from .errors import warn_caller
 from .gradient_record import GradientRecord, check_parts
-from .plain_data import Maybe, check_form, check_tensor, plain
+from .guides import AutoSparseGuide
+from .optimizer_trial import refusals
+from .plain_data import Maybe, check_form, plain
 from .random_state import check_random_state, leaving_no_trace, random_state, set_random_state
 from .safe_file import Format
 
@@ -88,7 +88,7 @@ def state_of(svi: Any) -> dict[str, Any]:
         }
     state = {
         "version": FILES.version,
-        "guide": svi.guide.state_dict() if isinstance(svi.guide, nn.Module) else {},
+        "guide": svi.guide.state_dict(),
         "model": svi.model.state_dict(),
         "store": entries,
         "optim": {
@@ -120,23 +120,23 @@ def state_of(svi: Any) -> dict[str, Any]:
     return plain(state, "the state")
 
 
+def _modules(svi: Any) -> dict[str, nn.Module]:
+    return {"guide": svi.guide, "model": svi.model}
+
+
 def _parameters(svi: Any) -> dict[str, nn.Parameter]:
     """Parameters by their place in the modules: that needs no parameter store."""
-    modules = {"guide": svi.guide, "model": svi.model}
     return {
         f"{kind}.{name}": parameter
-        for kind, module in modules.items()
-        if isinstance(module, nn.Module)
+        for kind, module in _modules(svi).items()
         for name, parameter in module.named_parameters()
     }
 
 
 def _sparse_guides(svi: Any) -> Iterator[tuple[str, Any]]:
-    ours = svi.guides
-    if ours:
-        for name, part in svi.guide.named_modules():
-            if part in ours:
-                yield f"{name}." if name else "", part
+    for name, part in svi.guide.named_modules():
+        if isinstance(part, AutoSparseGuide):
+            yield f"{name}." if name else "", part
 
 
 def _elbo(svi: Any) -> Any:
@@ -188,9 +188,9 @@ def stage(svi: Any, state: Mapping[str, Any], source: str) -> Staged:
         staged = Staged(svi, state)
     except Exception as error:
         raise ValueError(f"{source} is damaged: {error!r}") from error
-    was, has = (_described(each) for each in (state["schedule"], schedule_state(svi.schedule)))
     if staged.problems:
         raise ValueError(f"{source} does not fit this SSVI:\n  " + "\n  ".join(staged.problems))
+    was, has = (_described(each) for each in (state["schedule"], schedule_state(svi.schedule)))
     if was != has:
         warn_caller(f"saved with the schedule {was}; training goes on with this SSVI's own, {has}")
     return staged
@@ -224,17 +224,16 @@ class Staged:
         self.sites: dict[str, list] = {}
         self.links: dict[str, tuple[Tensor, Any]] = {}
         self.copies: list[tuple[Tensor, Tensor]] = []
-        self.optimizers: dict[Tensor, Any] = {}
-        self.with_grad: dict[Tensor, bool] = {}
+        # Optimizer, gradient clipping, and whether there is a gradient.
+        self.optimizers: dict[Tensor, tuple[Any, Any, bool]] = {}
         self.record: list[tuple[str, str, list]] = []
-        self.max_plate_nesting = state["elbo"]["max_plate_nesting"]
-        self.may_fuse = state["elbo"]["may_fuse"]
         self._stage_guides()
         self._compare_modules()
         if not self.problems:  # what follows only adds to what is said above
             self._stage_store()
         if not self.problems:
             self._stage_optimizers()
+            self._stage_record()
             self._check_rest()
 
     def _stage_guides(self) -> None:
@@ -256,9 +255,8 @@ class Staged:
             for prefix, guide in _sparse_guides(self.svi)
             for name in (*guide.raw_names, "indices", "_extra_state")
         }
-        for kind, module in (("guide", self.svi.guide), ("model", self.svi.model)):
-            ours = module.state_dict() if isinstance(module, nn.Module) else {}
-            theirs = self.state[kind]
+        for kind, module in _modules(self.svi).items():
+            theirs, ours = self.state[kind], module.state_dict()
             for key in dict.fromkeys([*theirs, *ours]):
                 if kind == "guide" and key in own:
                     continue
@@ -328,62 +326,43 @@ class Staged:
                 optimizer = optim._get_optim(parameter)
                 was, has = saved["class"], _optimizer_class(optimizer)
                 if was != has:
-                    self._refuse_optimizer(key, f"saved from {was}, here it is {has}")
+                    self.problems.append(
+                        f"optimizer of {key!r}: saved from {was}, here it is {has}"
+                    )
                     continue
+                copied = parameter.detach().clone().requires_grad_()
+                names[copied] = names.get(parameter, key)
+                made = optim._get_optim(copied)
+                for why in refusals(made, copied, saved["state"], stepped=saved["grad"]):
+                    self.problems.append(f"optimizer of {key!r}: {why}")
                 _load_state_dict(optimizer, copy.deepcopy(saved["state"]))
-                self._try_a_step(key, parameter, saved)
-                self.optimizers[parameter] = optimizer, optim._get_grad_clip(parameter)
-                self.with_grad[parameter] = saved["grad"]
+                clip = optim._get_grad_clip(parameter)
+                self.optimizers[parameter] = optimizer, clip, saved["grad"]
         except Exception as error:
             self.problems.append(f"the optimizer's state cannot be loaded: {error!r}")
         finally:
             names.clear()
             names.update(before)
 
-    def _try_a_step(self, key: str, parameter: Tensor, saved: Mapping[str, Any]) -> None:
-        """Have an optimizer step a copy, without this state and with it.
-
-        Only an optimizer can tell what it needs. One of the user's may need more than a gradient,
-        and is not asked.
-        """
-        copied = parameter.detach().clone().requires_grad_()
-        names = pyro.get_param_store()._param_to_name
-        names[copied] = names.get(parameter, key)
-        made = self.svi.optim._get_optim(copied)
-        optimizer = made.optimizer if is_scheduler(made) else made
-        options, first = dict(optimizer.param_groups[0]), dict(optimizer.state.get(copied, {}))
-        _load_state_dict(made, copy.deepcopy(saved["state"]))
-        for name, value in optimizer.param_groups[0].items():
-            nan = isinstance(value, float) and math.isnan(value)
-            if name != "params" and (nan or not _alike(value, options.get(name))):
-                self._refuse_optimizer(key, f"{name!r} was saved as {value!r}")
-        state = dict(optimizer.state.get(copied, {}))
-        fresh = _after_a_step(optimizer, copied, first)
-        for name, value in state.items():
-            if not isinstance(value, Tensor):
+    def _stage_record(self) -> None:
+        known = {
+            (prefix, site.name): site for prefix, sites in self.sites.items() for site in sites
+        }
+        for entry in self.state["record"]:
+            site = known.get((entry["guide"], entry["site"]))
+            if site is None:
+                self.problems.append(f"it has a gradient of an unknown site {entry['site']!r}")
                 continue
-            check_tensor(value, repr(name))
-            if fresh is not None:
-                like = fresh.get(name)
-            else:  # it was not asked: vectors are like a vector
-                like = copied if value.dim() == copied.dim() == 1 else None
-            if isinstance(like, Tensor) and value.shape != like.shape:
-                words = f"{name!r} was saved with shape {tuple(value.shape)}"
-                self._refuse_optimizer(key, f"{words}, expected {tuple(like.shape)}")
-        if fresh is None:
-            return
-        with torch.no_grad():
-            copied.copy_(parameter)
-        if _after_a_step(optimizer, copied, dict(state)) is None:
-            self._refuse_optimizer(key, f"it cannot go on from {sorted(state)} as they were saved")
-        if saved["grad"] and not state and any(isinstance(v, Tensor) for v in fresh.values()):
-            self._refuse_optimizer(key, "what it had of earlier steps is not in it")
-
-    def _refuse_optimizer(self, key: str, why: str) -> None:
-        self.problems.append(f"optimizer of {key!r}: {why}")
+            try:
+                parts = GradientRecord.read_parts(plain(entry["parts"], "the record"))
+                check_parts(parts, site.shape)
+            except Exception as error:
+                self.problems.append(f"its gradient of site {entry['site']!r}: {error!r}")
+                continue
+            self.record.append((entry["guide"], entry["site"], parts))
 
     def _check_rest(self) -> None:
-        steps, plates = self.state["steps"], self.max_plate_nesting
+        steps, plates = self.state["steps"], self.state["elbo"]["max_plate_nesting"]
         if steps < 0:
             self.problems.append(f"expected a number of steps, got {steps!r}")
         if not (plates == math.inf or (type(plates) is int and plates >= 0)):
@@ -401,21 +380,6 @@ class Staged:
         missing = [key for key in dict.fromkeys(stepped) if key not in optim]
         if missing:
             self.problems.append(f"it has no optimizer of {missing}")
-        known = {
-            (prefix, site.name): site for prefix, sites in self.sites.items() for site in sites
-        }
-        for entry in self.state["record"]:
-            site = known.get((entry["guide"], entry["site"]))
-            if site is None:
-                self.problems.append(f"it has a gradient of an unknown site {entry['site']!r}")
-                continue
-            try:
-                parts = GradientRecord.read_parts(plain(entry["parts"], "the record"))
-                check_parts(parts, site.shape)
-            except Exception as error:
-                self.problems.append(f"its gradient of site {entry['site']!r}: {error!r}")
-                continue
-            self.record.append((entry["guide"], entry["site"], parts))
         try:
             check_random_state(self.state["random"])
         except Exception as error:
@@ -429,9 +393,8 @@ class Staged:
                 raw = [self.parameters[f"guide.{prefix}{name}"] for name in guide.raw_names]
                 indices = state["guide"][prefix + "indices"].clone()
                 guide.take_sites(self.sites[prefix], raw, indices)
-        for kind, module in (("guide", svi.guide), ("model", svi.model)):
-            if isinstance(module, nn.Module):
-                module.load_state_dict(state[kind])
+        for kind, module in _modules(svi).items():
+            module.load_state_dict(state[kind])
         if any(self.sites.values()):
             for part in svi.guide.modules():
                 if isinstance(part, AutoGuide) and part.prototype_trace is None:
@@ -448,8 +411,8 @@ class Staged:
         for prefix, site, parts in self.record:
             svi._record.add_parts(guides[prefix].active_sets[site], parts)
         if hasattr(_elbo(svi), "max_plate_nesting"):
-            _elbo(svi).max_plate_nesting = self.max_plate_nesting
-        svi._may_fuse, svi._fused = self.may_fuse, None
+            _elbo(svi).max_plate_nesting = state["elbo"]["max_plate_nesting"]
+        svi._may_fuse, svi._fused = state["elbo"]["may_fuse"], None
         set_random_state(state["random"])
 
     def _commit_store(self) -> None:
@@ -463,9 +426,8 @@ class Staged:
         optim = self.svi.optim
         optim.optim_objs.clear()
         optim.grad_clip.clear()
-        for parameter, (optimizer, clip) in self.optimizers.items():
+        for parameter, (optimizer, clip, has_grad) in self.optimizers.items():
             optim.optim_objs[parameter], optim.grad_clip[parameter] = optimizer, clip
-        for parameter, has_grad in self.with_grad.items():
             parameter.grad = torch.zeros_like(parameter) if has_grad else None
 
 
@@ -480,43 +442,11 @@ def _own_constraints(svi: Any) -> dict[str, Any]:
     """The constraints of parameters of Pyro modules, by their place in the modules."""
     return {
         f"{kind}.{prefix}{'.' if prefix else ''}{name}_unconstrained": constraint
-        for kind, module in (("guide", svi.guide), ("model", svi.model))
-        if isinstance(module, nn.Module)
+        for kind, module in _modules(svi).items()
         for prefix, part in module.named_modules()
         for name, (constraint, _) in getattr(part, "_pyro_params", {}).items()
         if isinstance(constraint, Constraint)
     }
-
-
-def _after_a_step(optimizer: Any, parameter: Tensor, state: dict[str, Any]) -> Any:
-    """What an optimizer has after a step from some state.
-
-    :return: ``None`` if it can take none that leaves finite numbers, or is not torch's or Pyro's.
-    """
-    own = type(optimizer).__module__.startswith(("torch.optim", "pyro.optim"))
-    if not own or optimizer.param_groups[0].get("subsample_aware"):
-        return None
-    parameter.grad = torch.ones_like(parameter)
-    optimizer.state[parameter] = state
-    try:
-        with leaving_no_trace(), torch.no_grad():
-            unwrap(type(optimizer).step)(optimizer)  # past the hooks of others
-    except Exception:
-        return None
-    return dict(optimizer.state[parameter]) if parameter.isfinite().all() else None
-
-
-def _alike(saved: Any, ours: Any) -> bool:
-    """Whether a setting of an optimizer can stand for another."""
-    if isinstance(saved, (list, tuple)) and isinstance(ours, (list, tuple)):
-        return len(saved) == len(ours) and all(map(_alike, saved, ours))
-    return saved is None or ours is None or _kind(saved) is _kind(ours)
-
-
-def _kind(value: Any) -> type:
-    if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.dim() == 0):
-        value = value.item()
-    return float if type(value) is int else type(value)
 
 
 def _described_tensor(value: Any) -> str:

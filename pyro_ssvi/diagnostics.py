@@ -157,7 +157,7 @@ def evidence_support(svi: SSVI, batches: Iterable[tuple]) -> dict[str, Support]:
             for site, (loc, scale) in zip(guide.sites, parts, strict=True):
                 active = guide.active_sets[site.name]
                 if site.is_sparse and active in record:
-                    prior = record.priors[active].normal
+                    prior = record.priors[active]
                     prior_scale = taken(prior.scale, active.shape, active.indices)
                     kept = int((removal_gain(loc, scale, prior_scale) < 0).sum())
                     promising = _promising(active, record)

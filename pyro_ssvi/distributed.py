@@ -301,11 +301,7 @@ class DistributedSSVI(SSVI):
             }
 
             def propose(active: ActiveSet, rounds: Rounds, room: Tensor | None) -> Proposals:
-                candidates, scores = pools[active]
-                return [
-                    best(active, candidates, compare(scores), min(m, len(scores)), room)
-                    for m, compare in rounds
-                ]
+                return best(active, rounds, *pools[active], room=room)
 
             added = self._in_all(
                 "choose coordinates", lambda: self._arrivals(guide, removed, propose)
@@ -492,9 +488,7 @@ def _described(param: Tensor) -> str:
     return f"{tuple(param.shape)} {param.dtype} on {param.device.type}"
 
 
-_BITS: Mapping[int, torch.dtype] = {
-    1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64
-}  # fmt: skip
+_BITS = {kind.itemsize: kind for kind in (torch.int8, torch.int16, torch.int32, torch.int64)}
 
 
 def _fingerprint(tensor: Tensor) -> Tensor:

@@ -289,7 +289,8 @@ class SubspacePrior(TorchDistribution):
             dense_fallbacks[f"{type(base).__name__}.log_prob"] += 1
             log_prob = value.active.gather(base.log_prob(value.to_dense()))
         if mask is not None:
-            log_prob = log_prob.masked_fill(~_take(mask, value.active), 0.0)
+            active = value.active
+            log_prob = log_prob.masked_fill(~taken(mask, active.shape, active.indices), 0.0)
         return sum_to_batch(log_prob, value.active, len(value.active.shape) - self.event_dim)
 
 
@@ -330,7 +331,7 @@ def restrict(base: Distribution, active: ActiveSet) -> Distribution | None:
         param = getattr(base, name, None)
         if not isinstance(param, Tensor) or param.shape != base.batch_shape:
             return None
-        values[name] = _take(param, active)
+        values[name] = taken(param, active.shape, active.indices)
     return family(**values, validate_args=False)
 
 
@@ -339,11 +340,6 @@ def _is_given_by_parameters(family: Any) -> bool:
     """Whether a family's constructor takes its parameters and nothing else."""
     names = set(inspect.signature(family.__init__).parameters) - {"self", "validate_args"}
     return bool(names) and names == set(family.arg_constraints)
-
-
-def _take(param: Tensor, active: ActiveSet) -> Tensor:
-    """The active entries of ``param [*extra, *shape]``, reading a repeated number once."""
-    return taken(param, active.shape, active.indices)
 
 
 def taken(param: Tensor, shape: torch.Size, indices: Tensor) -> Tensor:

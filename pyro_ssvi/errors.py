@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import warnings
-from types import FrameType
 
 __all__ = ["MaterialiseError", "NonFiniteWarning", "PerformanceWarning", "warn_caller"]
+
+# Packages that call this one on behalf of a user.
+_NOT_THE_USER_S = {"pyro", "pyro_ssvi", "torch"}
 
 
 class PerformanceWarning(UserWarning):
@@ -22,9 +24,8 @@ class MaterialiseError(RuntimeError):
 
 
 def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn at the line outside of this package that led here."""
-    level = 2
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__", "").startswith("pyro_ssvi."):
+    """Warn at the user's line that led here."""
+    level, frame = 2, sys._getframe(1)  # whoever called this function
+    while frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_USER_S and frame.f_back:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)

@@ -21,7 +21,6 @@ __all__ = [
     "read_at",
     "room",
     "rows_at_once",
-    "smallest",
     "swap",
     "top_inactive",
     "unit_scores",
@@ -30,7 +29,7 @@ __all__ = [
 
 #: One score in so many is looked at to see where the largest begin.
 STRIDE = 16
-#: Bytes of scores held at once while a site is searched for coordinates to add.
+#: Bytes of float32 scores held at once while a site is searched for coordinates to add.
 BLOCK_BYTES = 2 * 2**20
 
 
@@ -51,11 +50,6 @@ class Move(NamedTuple):
     first: tuple[Tensor, Tensor] | None = None
 
 
-def smallest(scores: Tensor, n: int) -> Tensor:
-    """The places of the ``n`` smallest scores."""
-    return scores.topk(n, largest=False, sorted=False).indices
-
-
 def weakest(active: ActiveSet, scores: Tensor, n: int) -> Tensor:
     """The places, in ``active.units``, of the ``n`` that are to be removed.
 
@@ -67,7 +61,7 @@ def weakest(active: ActiveSet, scores: Tensor, n: int) -> Tensor:
         group = torch.arange(len(scores), device=scores.device) // structure.n
         spare = _rank(group, -scores) < structure.m - structure.n
         scores = scores.where(spare, math.inf)
-    return smallest(active.unit_sums(scores), n)
+    return active.unit_sums(scores).topk(n, largest=False, sorted=False).indices
 
 
 def room(active: ActiveSet, removed: Tensor) -> Tensor | None:
@@ -123,7 +117,7 @@ def carry(tensor: Tensor, source: Tensor, first: Tensor) -> None:
 
 
 def unit_scores(
-    active: ActiveSet, block: Callable[[int, int], Tensor], block_bytes: int | None = None
+    active: ActiveSet, block: Callable[[int, int], Tensor]
 ) -> Callable[[int, int], Tensor]:
     """The scores of units, from those of coordinates, which are summed over each unit.
 
@@ -139,7 +133,7 @@ def unit_scores(
             scores = block(start * rows, stop * rows)
             return scores.unflatten(0, (-1, rows)).unflatten(-1, (-1, cols)).sum((1, 3))
         # Units may be as tall as the site.
-        step = rows_at_once(active.matrix_shape[1], block_bytes)
+        step = rows_at_once(active.matrix_shape[1])
         parts = [
             block(first, min(first + step, stop * rows)).unflatten(1, (-1, cols)).sum((0, 2))
             for first in range(start * rows, stop * rows, step)
@@ -153,7 +147,6 @@ def top_inactive(
     active: ActiveSet,
     rounds: Rounds,
     block: Callable[[int, int], Tensor],
-    block_bytes: int | None = None,
     room: Tensor | None = None,
 ) -> Proposals:
     """The inactive units, mostly single coordinates, with the largest scores.
@@ -164,13 +157,12 @@ def top_inactive(
     :param rounds: how many are wanted, and by which function of their scores.
     :param block: ``block(start, stop)`` gives the scores of these rows of the units' matrix, see
         :func:`unit_scores`.
-    :param block_bytes: size of a block of float32 scores, :data:`BLOCK_BYTES` by default.
     :param room: how many are taken in each group, as :func:`room` gave.
     :return: for each ``n, compare`` of the rounds flat indices and compared scores, both ``[n]``.
         NaN counts as the largest. Where there are not so many above -inf, the rest have -inf, and
         any index, or are missing.
     """
-    step = rows_at_once(active.matrix_shape[1] * active.tile[0], block_bytes)
+    step = rows_at_once(active.matrix_shape[1] * active.tile[0])
     structure, active = active.structure, active.units
     rows, cols = active.matrix_shape
     if step >= rows and room is None:
@@ -243,21 +235,27 @@ class _Leaders:
 
 
 def best(
-    active: ActiveSet, candidates: Tensor, scores: Tensor, n: int, room: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Those of some inactive units that have the largest scores.
+    active: ActiveSet,
+    rounds: Rounds,
+    candidates: Tensor,
+    scores: Tensor,
+    room: Tensor | None = None,
+) -> Proposals:
+    """As :func:`top_inactive`, but of some units alone.
 
-    :param candidates: their flat indices, ``[m]``.
+    :param candidates: sorted flat indices of inactive units, ``[m]``.
     :param scores: ``[m]``.
-    :param room: as for :func:`top_inactive`.
-    :return: flat indices and scores, both ``[n]``.
     """
-    if room is not None:
-        assert isinstance(active.structure, NM)
-        group = candidates // active.structure.m
-        scores = scores.where(_rank(group, scores) < room[group], -math.inf)
-    top, place = scores.topk(n, sorted=False)
-    return candidates[place], top
+    proposals = []
+    for n, compare in rounds:
+        compared = compare(scores)
+        if room is not None:
+            assert isinstance(active.structure, NM)
+            group = candidates // active.structure.m
+            compared = compared.where(_rank(group, compared) < room[group], -math.inf)
+        values, place = compared.topk(min(n, len(compared)), sorted=False)
+        proposals.append((candidates[place], values))
+    return proposals
 
 
 def _rank(group: Tensor, scores: Tensor) -> Tensor:
@@ -270,12 +268,7 @@ def _rank(group: Tensor, scores: Tensor) -> Tensor:
     return torch.empty_like(rank).scatter_(0, order, rank)
 
 
-def read_at(
-    active: ActiveSet,
-    indices: Tensor,
-    block: Callable[[int, int], Tensor],
-    block_bytes: int | None = None,
-) -> Tensor:
+def read_at(active: ActiveSet, indices: Tensor, block: Callable[[int, int], Tensor]) -> Tensor:
     """Some entries of a site's matrix that is made by blocks of rows.
 
     :param indices: flat, sorted, ``[n]``.
@@ -283,7 +276,7 @@ def read_at(
     :return: ``[n]``.
     """
     rows, cols = active.matrix_shape
-    step = rows_at_once(cols, block_bytes)
+    step = rows_at_once(cols)
     starts = torch.arange(0, rows + step, step, device=active.device) * cols
     sizes = torch.searchsorted(indices, starts).diff().tolist()
     parts = [
@@ -294,6 +287,6 @@ def read_at(
     return torch.cat(parts or [block(0, 1).reshape(-1)[:0]])
 
 
-def rows_at_once(cols: int, block_bytes: int | None = None) -> int:
+def rows_at_once(cols: int) -> int:
     """How many rows of a site's matrix make a block."""
-    return max(1, (BLOCK_BYTES if block_bytes is None else block_bytes) // (4 * cols))
+    return max(1, BLOCK_BYTES // (4 * cols))

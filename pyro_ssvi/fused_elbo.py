@@ -91,21 +91,28 @@ class FusedELBO:
         if flat[0].dtype != guide.sites[0].dtype:  # it was moved to another precision
             raise NotFusedError
         draw, log_density, noise = _draw(guide, flat)
-        parts = guide.split(draw, *(() if noise is None else (*flat, noise)))
+        whole = (draw,) if noise is None else (draw, *flat, noise)
+        parts = guide.split(*whole)
+
+        def posterior(site: Site, z: Tensor, *normal: Tensor) -> Any:
+            """Of one site, given its parts of ``whole``."""
+            if noise is None:
+                return guide.site_value(site, z)
+            loc, scale, _ = normal
+            return guide.site_posterior(site, loc, scale)
+
         values, posteriors = {}, {}
-        for site, (z, *rest) in zip(guide.sites, parts, strict=True):
+        for site, part in zip(guide.sites, parts, strict=True):
+            z = part[0]
             if site.is_sparse:
                 value: Any = SparseTensor(z, guide.active_sets[site.name])
                 if local_reparam:
-                    value.posterior = guide.site_posterior(site, *rest[:2])
+                    value.posterior = posterior(site, *part)
             elif site.transform is None:
                 value = z.reshape(site.shape)
-            elif noise is None:
-                posteriors[site.name] = guide.site_value(site, z)
-                value = posteriors[site.name].v
             else:
-                posteriors[site.name] = guide.site_posterior(site, *rest[:2])
-                value = posteriors[site.name].transforms[0](z.reshape(site.shape))
+                q = posteriors[site.name] = posterior(site, *part)
+                value = q.v if noise is None else q.transforms[0](z.reshape(site.shape))
             values[site.name] = value
 
         with _Run(values, plates.subsamples) as run:
@@ -129,19 +136,11 @@ class FusedELBO:
                 means.append(numbers[0])
                 stds.append(numbers[1])
                 continue
-            q = posteriors.get(site.name)
-            if q is None:
-                q = (
-                    guide.site_value(site, part[0])
-                    if noise is None
-                    else guide.site_posterior(site, *part[1:3])
-                )
+            q = posteriors.get(site.name) or posterior(site, *part)
             divergence = divergence + self._divergence(q, msg)
         if plain:
             sizes = tuple(len(part[0]) for part in plain)
-            if len(plain) == len(parts):
-                whole = (draw,) if noise is None else (draw, *flat, noise)
-            else:
+            if len(plain) < len(parts):
                 whole = tuple(torch.cat(each) for each in zip(*plain, strict=True))
             prior = torch.cat(means), torch.cat(stds), sizes
             divergence = divergence + self._plain_divergence(prior, *whole)

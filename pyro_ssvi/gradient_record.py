@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import Normal
 
 from .active_set import ActiveSet
 from .patches import Patches
@@ -127,13 +126,13 @@ def check_parts(parts: Iterable[Part], shape: torch.Size) -> None:
 
 
 class Prior(NamedTuple):
-    """The prior of a site whose elements are normal.
+    """The prior of a site whose elements are normal around 0.
 
-    :param normal: of single elements, batch shape ``shape``.
+    :param scale: the standard deviation of each, ``[*shape]``.
     :param weight: what its log density is multiplied by in the loss, such as the KL weight.
     """
 
-    normal: Normal
+    scale: Tensor
     weight: float
 
 

@@ -75,4 +75,4 @@ def _prior(msg: Any, shape: Any) -> Prior:
     weight = _number(msg)
     if not weight > 0:
         raise ValueError(f"evidence needs a KL weight > 0, got {weight:g} at {msg['name']!r}")
-    return Prior(type(base)(base.loc.detach(), base.scale.detach(), validate_args=False), weight)
+    return Prior(base.scale.detach(), weight)

@@ -149,9 +149,8 @@ class Bayesianized(nn.Module):
             ``guide.median()``. Others are not looked at.
         :raises ValueError: if some are not there, or have other shapes.
         """
-        keys = {f"{self.name}.{key}": key for key in self.shapes}
         self._refuse_lacking(values)
-        return self._filled({key: values[name] for name, key in keys.items()})
+        return self._filled({key: values[f"{self.name}.{key}"] for key in self.shapes})
 
     def with_sparse_weights(self, guide: AutoSparseGuide) -> SparseNetwork:
         """A copy of the network with a posterior's mean weights (of a constrained one, the

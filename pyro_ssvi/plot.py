@@ -177,17 +177,12 @@ def posterior(
     )
     order = (middle.abs() / (high - low)).argsort(descending=True)[:30]
     low, middle, high, active = (part[order] for part in (low, middle, high, active))
-    bars = torch.stack([middle - low, high - middle])
-    places = range(len(order))
-    ax.errorbar(middle, places, xerr=bars, fmt="o", color=BLUE, ms=4, capsize=2)
-    ax.axvline(0, color=GREY, lw=1)
     if names is None:
         where = zip(*(i.tolist() for i in unravel_index(active, shape)), strict=True)
         labels = [", ".join(map(str, index)) for index in where]
     else:
         labels = [names[i] for i in active.tolist()]
-    ax.set_yticks(places, labels, fontsize=8)
-    ax.invert_yaxis()
+    _intervals(ax, low, middle, high, labels)
     return _finish(ax, title=f"{site}: mean and 95 % interval")
 
 
@@ -215,12 +210,7 @@ def effects(
         return ax
     order = table.order[:30]
     low, middle, high = (part[order].cpu() for part in (table.low, table.mean, table.high))
-    bars = torch.stack([middle - low, high - middle]).clamp(min=0)
-    places = range(len(order))
-    ax.errorbar(middle, places, xerr=bars, fmt="o", color=BLUE, ms=4, capsize=2)
-    ax.axvline(0, color=GREY, lw=1)
-    ax.set_yticks(places, [table.names[i] for i in order.tolist()], fontsize=8)
-    ax.invert_yaxis()
+    _intervals(ax, low, middle, high, [table.names[i] for i in order.tolist()])
     return _finish(ax, title=f"Effect: mean and {100 * table.level:g} % interval")
 
 
@@ -298,6 +288,16 @@ def accuracy(results: Mapping[str, tuple[int, float]], ax: Axes | None = None) -
         ax.xaxis.set_minor_formatter(NullFormatter())
     ax.legend(frameon=False)
     return _finish(ax, title="Accuracy, %", xlabel="active parameters")
+
+
+def _intervals(ax: Axes, low: Tensor, middle: Tensor, high: Tensor, labels: Sequence[str]) -> None:
+    """A line for each label, from above; a mean may lie outside of its interval."""
+    bars = torch.stack([middle - low, high - middle]).clamp(min=0)
+    places = range(len(labels))
+    ax.errorbar(middle, places, xerr=bars, fmt="o", color=BLUE, ms=4, capsize=2)
+    ax.axvline(0, color=GREY, lw=1)
+    ax.set_yticks(places, labels, fontsize=8)
+    ax.invert_yaxis()
 
 
 def _axes(ax: Axes | None) -> Any:

@@ -67,13 +67,7 @@ FILES = Format(
 
 
 def export(svi: SSVI, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
-    """Write the posterior that :func:`load_posterior` reads; :meth:`pyro_ssvi.SSVI.export`.
-
-    :param dtype: of locations and scales in the file, such as ``torch.bfloat16``; by default
-        their own.
-    :raises ValueError: if there is another guide than one sparse guide of this package, ``dtype``
-        cannot hold the numbers of a site, or the model trains a module that is no part of it.
-    """
+    """Write what :func:`load_posterior` reads, see :meth:`pyro_ssvi.SSVI.export`."""
     state = {"version": FILES.version, **guide_state(svi.guide, dtype), **own_state(svi)}
     FILES.write(path, state)
 
@@ -115,13 +109,8 @@ def module_state(model: Callable) -> dict[str, Any]:
 
 
 def _refuse_lost(guide: AutoSparseGuide, *values: Tensor) -> None:
-    ok = guide.finite(*values)
-    if not ok.all():
-        lost = [
-            site.name
-            for site, (kept,) in zip(guide.sites, guide.split(ok), strict=True)
-            if not kept.all()
-        ]
+    lost = site_table.failing(guide.sites, guide.finite(*values))
+    if lost:
         raise ValueError(
             f"{values[0].dtype} cannot hold the locations or scales of sites {lost}: use "
             "torch.bfloat16, which has the range of float32, or no dtype"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
-from warnings import warn
 
 import torch
 from torch import Tensor
@@ -17,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from . import autograd
 from .active_set import ActiveSet
-from .errors import MaterialiseError, PerformanceWarning
+from .errors import MaterialiseError, PerformanceWarning, warn_caller
 from .gradient_record import recording
 
 __all__ = ["SparseTensor", "dense_fallbacks", "forbid_materialise", "implements"]
@@ -63,8 +61,6 @@ _METADATA: set[Any] = {
     torch.is_floating_point,
     torch.numel,
 }
-# Packages that call sparse values on behalf of a model.
-_NOT_THE_USER_S = {"pyro", "pyro_ssvi", "torch"}
 # On a throw-away dense copy these would do nothing, without a word.
 _REFUSED = {Tensor.register_hook, Tensor.retain_grad, Tensor.backward}
 
@@ -230,24 +226,15 @@ def _materialise(func: Callable, args: tuple, kwargs: dict) -> Any:
     if _FORBIDDEN.get():
         raise MaterialiseError(f"{name} has no rule for these sparse arguments")
     if name not in dense_fallbacks:
-        warn(
+        warn_caller(
             f"{name} has no rule for these sparse arguments and gets a dense tensor. The result "
             "is right, but costs what a dense guide costs. 'Which operations are sparse' in the "
             "docs says how to avoid it; pyro_ssvi.dense_fallbacks counts such calls.",
             PerformanceWarning,
-            stacklevel=_stacklevel(),
         )
     dense_fallbacks[name] += 1
     args, kwargs = tree_map(_dense, (args, kwargs))
     return func(*args, **kwargs)
-
-
-def _stacklevel() -> int:
-    """Where the line of the user's model is, as :func:`warnings.warn` counts for the caller."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_USER_S and frame.f_back:
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 def _dense(x: Any) -> Any:

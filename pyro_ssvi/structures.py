@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .active_set import ActiveSet
+from .active_set import ActiveSet, matrix_shape
 from .tiling import Tiling
 
 __all__ = [
@@ -53,7 +53,7 @@ class Tiles:
 
         :raises ValueError: if the site cannot be cut into such tiles.
         """
-        n, m = _matrix_shape(shape)
+        n, m = matrix_shape(shape)
         rows, cols = self.rows or n, self.cols or m
         if n % rows or m % cols:
             raise ValueError(
@@ -95,7 +95,7 @@ class Tiles:
             active.in_tiles(*self.tile(active.shape))
 
     def _grid(self, shape: Sequence[int]) -> tuple[int, int]:
-        (rows, cols), (n, m) = self.tile(shape), _matrix_shape(shape)
+        (rows, cols), (n, m) = self.tile(shape), matrix_shape(shape)
         return n // rows, m // cols
 
 
@@ -133,7 +133,7 @@ class NM:
 
         :raises ValueError: if the site's rows cannot be cut into such groups.
         """
-        rows, cols = _matrix_shape(shape)
+        rows, cols = matrix_shape(shape)
         if cols % self.m:
             raise ValueError(
                 f"its shape {tuple(shape)}, a matrix of {rows} x {cols}, has rows that cannot be "
@@ -216,10 +216,6 @@ def read_structure(state: Mapping[str, Any] | None) -> Structure | None:
         return kinds[state["class"]](**fields)
     except TypeError as error:
         raise ValueError(f"structure {dict(state)} is damaged: {error}") from None
-
-
-def _matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
 
 
 def _check_int(value: object, expected: str) -> None:

@@ -481,7 +481,7 @@ class SSVI(SVI):
         self, name: str, active: ActiveSet, loc: Tensor, scale: Tensor, record: GradientRecord
     ) -> Tensor:
         if self.removal is removal_loss:
-            prior = record.priors[active].normal
+            prior = record.priors[active]
             scores = removal_loss(loc, scale, taken(prior.scale, active.shape, active.indices))
         else:
             scores = self.removal(loc, scale)

@@ -12,7 +12,7 @@ from pyro_ssvi import ActiveSet, SparseNormal, SparseTensor, SubspacePrior, kern
 from pyro_ssvi.addition import race
 from pyro_ssvi.allocation import as_they_are
 from pyro_ssvi.criteria import REMOVAL
-from pyro_ssvi.exchange import carry, smallest, swap, top_inactive
+from pyro_ssvi.exchange import carry, swap, top_inactive, weakest
 from pyro_ssvi.optimizer_state import carry_state
 from pyro_ssvi.structures import Columns, Rows
 
@@ -77,7 +77,7 @@ def test_exchange(active):
     loc, scale = torch.zeros(20, device=cuda), torch.ones(20, device=cuda)
     gradient = torch.ones(10, 6, device=cuda)
     for criterion in REMOVAL.values():
-        removed = smallest(criterion(loc, scale), 4)
+        removed = weakest(active, criterion(loc, scale), 4)
         rounds = [(4, as_they_are), (2, race)]
         (added, _), (drawn, _) = top_inactive(active, rounds, lambda a, b: gradient[a:b])
         move = swap(active, removed, added)

@@ -15,7 +15,7 @@ from training_to_resume import X, Y, make
 from pyro_ssvi import ActiveSet, ConstantSchedule, load_posterior
 from pyro_ssvi.addition import Gradient
 from pyro_ssvi.distributed import DistributedSSVI
-from pyro_ssvi.exchange import read_at, smallest, swap
+from pyro_ssvi.exchange import read_at, swap
 from pyro_ssvi.gradient_record import GradientRecord
 from pyro_ssvi.optimizer_state import carry_state
 from pyro_ssvi.random_state import random_state, set_random_state
@@ -148,7 +148,7 @@ def exchange_by_hand(svi, records):
         mean = by_tile(active, torch.stack(each).mean(0).abs())
         added = torch.tensor(sorted(best, key=lambda i: -mean[i])[:n])
         scores = active.unit_sums(svi.removal(posterior[name].loc, posterior[name].scale))
-        moves[name] = swap(active, smallest(scores, n), added)
+        moves[name] = swap(active, scores.topk(n, largest=False).indices, added)
     source = svi.guide.exchange(moves)
     for param in svi.guide.parameters_in_place():
         carry_state(svi.optim, param, source)
@@ -156,12 +156,13 @@ def exchange_by_hand(svi, records):
 
 
 @pytest.mark.parametrize("block_bytes", [4, 100, 10**6])
-def test_entries_read_by_blocks(block_bytes):
+def test_entries_read_by_blocks(monkeypatch, block_bytes):
+    monkeypatch.setattr("pyro_ssvi.exchange.BLOCK_BYTES", block_bytes)
     matrix = torch.randn(7, 5)
     active = ActiveSet.full((7, 5), torch.device("cpu"))
     for indices in ([0], [34], [4, 5, 6, 20, 33], list(range(35))):
         indices = torch.tensor(indices, dtype=torch.int64)
-        read = read_at(active, indices, lambda a, b: matrix[a:b], block_bytes)
+        read = read_at(active, indices, lambda a, b: matrix[a:b])
         assert torch.equal(read, matrix.flatten()[indices])
 
 

@@ -1,5 +1,6 @@
 import math
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from test_active_set import active_sets
 from pyro_ssvi import ActiveSet
 from pyro_ssvi.active_set import draw_distinct
 from pyro_ssvi.allocation import as_they_are
-from pyro_ssvi.exchange import carry, smallest, swap, top_inactive
+from pyro_ssvi.exchange import carry, swap, top_inactive, weakest
 
 
 @given(active_sets(), st.data())
@@ -49,9 +50,9 @@ def test_swap_may_change_the_number():
     assert move.source.tolist() == [-1, 2]
 
 
-def test_smallest():
-    scores = torch.tensor([3.0, 1.0, 2.0, 0.5])
-    assert set(smallest(scores, 2).tolist()) == {1, 3}
+def test_weakest():
+    active = ActiveSet(torch.tensor([1, 2, 4, 5]), (6,))
+    assert set(weakest(active, torch.tensor([3.0, 1.0, 2.0, 0.5]), 2).tolist()) == {1, 3}
 
 
 @given(active_sets(), st.integers(1, 400), st.data())
@@ -61,7 +62,8 @@ def test_top_inactive_equals_a_full_sort(active, block_bytes, data):
     matrix = scores.reshape(active.matrix_shape)
     m = data.draw(st.integers(0, n))
     rounds = [(n, as_they_are), (m, torch.neg)]
-    (found, best), (last, _) = top_inactive(active, rounds, lambda a, b: matrix[a:b], block_bytes)
+    with patch("pyro_ssvi.exchange.BLOCK_BYTES", block_bytes):
+        (found, best), (last, _) = top_inactive(active, rounds, lambda a, b: matrix[a:b])
     inactive = (~active.mask).flatten().nonzero().squeeze(-1)
     order = inactive[scores[inactive].argsort(descending=True)]
     assert set(found.tolist()) == set(order[:n].tolist())
@@ -86,12 +88,13 @@ exactly = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n", [0, 40, 900])
+@patch("pyro_ssvi.exchange.BLOCK_BYTES", 4 * 50 * 3)  # three rows
 def test_leaders_of_many_blocks(kind, n):
     """Those that fall behind are dropped on the way, and none that leads."""
     active = ActiveSet.random((120, 50), 300)
     scores = KINDS[kind](6000)
     matrix, rounds = scores.view(120, 50), [(n, as_they_are), (10, torch.neg)]
-    found = top_inactive(active, rounds, lambda a, b: matrix[a:b], 4 * 50 * 3)
+    found = top_inactive(active, rounds, lambda a, b: matrix[a:b])
     for (index, best), (m, compare) in zip(found, rounds, strict=True):
         compared = compare(scores)
         expected = compared.index_fill(0, active.indices, -math.inf).topk(m).values
@@ -101,11 +104,11 @@ def test_leaders_of_many_blocks(kind, n):
         assert not torch.isin(index, active.indices).any()
 
 
-def test_fewer_than_n_have_a_finite_score():
+@pytest.mark.parametrize("block_bytes", [16, 2**20])
+def test_fewer_than_n_have_a_finite_score(monkeypatch, block_bytes):
+    monkeypatch.setattr("pyro_ssvi.exchange.BLOCK_BYTES", block_bytes)
     active = ActiveSet(torch.arange(9), (4, 4))
     scores = torch.full((4, 4), -math.inf)
     scores.view(-1)[9:13] = torch.arange(4.0)
-    for block_bytes in (None, 16):
-        wanted = [(7, as_they_are)]
-        ((index, score),) = top_inactive(active, wanted, lambda a, b: scores[a:b], block_bytes)
-        assert sorted(index[score > -math.inf].tolist()) == [9, 10, 11, 12]
+    ((index, score),) = top_inactive(active, [(7, as_they_are)], lambda a, b: scores[a:b])
+    assert sorted(index[score > -math.inf].tolist()) == [9, 10, 11, 12]

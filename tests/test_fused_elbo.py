@@ -140,6 +140,16 @@ def train(model, loss, steps=6, create_plates=None, family=AutoSparseNormal, **k
     return svi, losses, [*guide.parameters_in_place(), *others, *guide.active_sets["w0"].indices]
 
 
+def assert_trained_alike(model, loss, pyro_s, **options):
+    fused, losses, state = train(model, loss(), **options)
+    own, own_losses, own_state = train(model, pyro_s(), **options)
+    assert fused._fused is not None
+    assert own._fused is None
+    torch.testing.assert_close(losses, own_losses, rtol=1e-5, atol=1e-4)
+    for a, b in zip(state, own_state, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.filterwarnings("ignore::pyro_ssvi.PerformanceWarning")
 @pytest.mark.parametrize("kl_weight", [1.0, 0.2])
 @pytest.mark.parametrize(
@@ -147,13 +157,7 @@ def train(model, loss, steps=6, create_plates=None, family=AutoSparseNormal, **k
 )
 @pytest.mark.parametrize("model", sorted(set(MODELS) - {"module"}))
 def test_training_is_that_of_pyro_s_elbo(model, loss, pyro_s, kl_weight):
-    fused, losses, state = train(model, loss(), kl_weight=kl_weight)
-    own, own_losses, own_state = train(model, pyro_s(), kl_weight=kl_weight)
-    assert fused._fused is not None
-    assert own._fused is None
-    torch.testing.assert_close(losses, own_losses, rtol=1e-5, atol=1e-4)
-    for a, b in zip(state, own_state, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert_trained_alike(model, loss, pyro_s, kl_weight=kl_weight)
 
 
 @pytest.mark.filterwarnings("ignore::pyro_ssvi.PerformanceWarning")
@@ -163,13 +167,7 @@ def test_training_is_that_of_pyro_s_elbo(model, loss, pyro_s, kl_weight):
 )
 @pytest.mark.parametrize("model", ["hierarchical", "handlers", "plates", "simplex"])
 def test_other_guides_train_as_with_pyro_s_elbo(model, loss, pyro_s, family):
-    fused, losses, state = train(model, loss(), family=family, kl_weight=0.5)
-    own, own_losses, own_state = train(model, pyro_s(), family=family, kl_weight=0.5)
-    assert fused._fused is not None
-    assert own._fused is None
-    torch.testing.assert_close(losses, own_losses, rtol=1e-5, atol=1e-4)
-    for a, b in zip(state, own_state, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert_trained_alike(model, loss, pyro_s, family=family, kl_weight=0.5)
 
 
 def test_plates_made_by_the_guide_choose_the_model_s_rows():

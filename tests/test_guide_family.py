@@ -40,7 +40,6 @@ from pyro_ssvi import (
 from pyro_ssvi.active_set import ActiveSet
 from pyro_ssvi.addition import Random
 from pyro_ssvi.diagnostics import elbo_parts, evidence_support
-from pyro_ssvi.exchange import swap
 
 FAMILY = [AutoSparseNormal, AutoSparseDelta, AutoSparseLowRankMultivariateNormal]
 
@@ -597,10 +596,3 @@ def test_a_buffer_that_the_first_call_registers():
     svi.load_state_dict(state)
     svi.step(x, y)
     assert svi.guide.rows == len(x) + 1
-
-
-def test_swap_is_what_an_exchange_is_made_of():
-    active = ActiveSet(torch.tensor([1, 4, 5]), (2, 3))
-    move = swap(active, torch.tensor([0]), torch.tensor([2]))
-    assert move.indices.tolist() == [2, 4, 5]
-    assert move.source.tolist() == [-1, 1, 2]

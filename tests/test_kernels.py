@@ -7,6 +7,13 @@ from pyro_ssvi import ActiveSet, autograd, kernels
 from pyro_ssvi.kernels import csr
 
 BACKENDS = list(kernels.BACKENDS)
+LAYOUTS = {
+    "contiguous": torch.randn,
+    "transposed": lambda n, batch: torch.randn(batch, n).t(),
+    "strided": lambda n, batch: torch.randn(2 * n, 3 * batch)[::2, ::3],
+    "columns": lambda n, batch: torch.randn(n, batch + 5)[:, 2:-3],
+    "expanded": lambda n, batch: torch.randn(batch).expand(n, batch),
+}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

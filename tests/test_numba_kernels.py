@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_kernels import LAYOUTS
 
 from pyro_ssvi import ActiveSet
 
@@ -57,18 +58,12 @@ def test_equals_dense(dtype, batch, flops, monkeypatch):
     cols=st.integers(1, 20),
     share=st.floats(0, 1),
     batch=st.integers(1, 150),
-    layout=st.sampled_from(["contiguous", "transposed", "strided", "columns", "expanded"]),
+    layout=st.sampled_from(list(LAYOUTS)),
 )
 def test_any_shape_and_layout_equals_dense(rows, cols, share, batch, layout):
     active, values, _ = problem(rows, cols, max(1, int(share * rows * cols)))
-    make = {
-        "contiguous": lambda n: torch.randn(n, batch),
-        "transposed": lambda n: torch.randn(batch, n).t(),
-        "strided": lambda n: torch.randn(2 * n, 3 * batch)[::2, ::3],
-        "columns": lambda n: torch.randn(n, batch + 5)[:, 2:-3],
-        "expanded": lambda n: torch.randn(batch).expand(n, batch),
-    }[layout]
-    assert_equals_dense(active, values, make(cols), make(rows))
+    make = LAYOUTS[layout]
+    assert_equals_dense(active, values, make(cols, batch), make(rows, batch))
 
 
 def test_empty_rows_give_zero():

@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_kernels import LAYOUTS
 
 from pyro_ssvi import ActiveSet, autograd, kernels
 from pyro_ssvi.structures import NM, Columns, Rows, Tiles
@@ -70,18 +71,12 @@ def test_panels():
     grid=st.tuples(st.integers(1, 6), st.integers(1, 6)),
     density=st.floats(0, 1),
     batch=st.integers(1, 150),
-    layout=st.sampled_from(["contiguous", "transposed", "strided", "columns", "expanded"]),
+    layout=st.sampled_from(list(LAYOUTS)),
 )
 def test_any_shape_and_layout_equals_dense(structure, grid, density, batch, layout):
     shape = grid[0] * (structure.rows or 1), grid[1] * (structure.cols or 1)
-    make = {
-        "contiguous": lambda n: torch.randn(n, batch),
-        "transposed": lambda n: torch.randn(batch, n).t(),
-        "strided": lambda n: torch.randn(2 * n, 3 * batch)[::2, ::3],
-        "columns": lambda n: torch.randn(n, batch + 5)[:, 2:-3],
-        "expanded": lambda n: torch.randn(batch).expand(n, batch),
-    }[layout]
-    assert_equals_dense(random(structure, shape, density), make(shape[1]), make(shape[0]))
+    x, g = (LAYOUTS[layout](n, batch) for n in reversed(shape))
+    assert_equals_dense(random(structure, shape, density), x, g)
 
 
 def test_a_site_of_more_dimensions():

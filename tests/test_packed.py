@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyro.infer import TraceMeanField_ELBO
+from test_kernels import LAYOUTS
 
 from pyro_ssvi import (
     SSVI,
@@ -52,20 +53,13 @@ def test_lines_are_those_that_are_active(active):
     batch=st.sampled_from([0, 1, 5, 40]),
     dtype=st.sampled_from(DTYPES),
     transposed=st.booleans(),
-    layout=st.sampled_from(["contiguous", "transposed", "strided", "expanded"]),
+    layout=st.sampled_from(list(LAYOUTS)),
 )
 def test_product_equals_dense(active, batch, dtype, transposed, layout):
-    def make(n):
-        return {
-            "contiguous": lambda: torch.randn(n, batch),
-            "transposed": lambda: torch.randn(batch, n).t(),
-            "strided": lambda: torch.randn(2 * n, 3 * batch)[::2, ::3],
-            "expanded": lambda: torch.randn(batch).expand(n, batch),
-        }[layout]().to(dtype)
-
     inner, outer = active.matrix_shape if transposed else active.matrix_shape[::-1]
     values = torch.randn(2 * len(active), dtype=dtype)[::2].requires_grad_()
-    x, g = make(inner).requires_grad_(), make(outer)
+    x, g = (LAYOUTS[layout](n, batch).to(dtype) for n in (inner, outer))
+    x.requires_grad_()
     assert kernels._backend(active, x) is packed
     out = autograd.matmul(values, active, x, transposed)
     grads = torch.autograd.grad(out, (values, x), g)

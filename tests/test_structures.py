@@ -2,6 +2,7 @@ import copy
 import math
 import pickle
 from functools import partial
+from unittest.mock import patch
 
 import pyro
 import pyro.distributions as dist
@@ -30,7 +31,6 @@ from pyro_ssvi.exchange import (
     carry,
     read_at,
     room,
-    smallest,
     swap,
     top_inactive,
     unit_scores,
@@ -166,13 +166,16 @@ def test_tiles_with_the_least_and_the_largest_sums(active, block_bytes, data):
     scores, values = torch.rand(active.shape), torch.rand(len(active))
     matrix = scores.reshape(active.matrix_shape)
     sums = tile_view(active, scores).sum(1)
-    block = unit_scores(active, lambda a, b: matrix[a:b], block_bytes)
-    ((added, found),) = top_inactive(active, [(n, as_they_are)], block, block_bytes)
+    block = unit_scores(active, lambda a, b: matrix[a:b])
+    with patch("pyro_ssvi.exchange.BLOCK_BYTES", block_bytes):
+        ((added, found),) = top_inactive(active, [(n, as_they_are)], block)
     expected = sums.index_fill(0, units.indices, -1.0).topk(n)
     assert set(added.tolist()) == set(expected.indices.tolist())
     torch.testing.assert_close(found.sort().values, expected.values.sort().values)
     own = tile_view(active, active.scatter(values)).sum(1)[units.indices]
-    assert set(weakest(active, values, n).tolist()) == set(smallest(own, n).tolist())
+    assert set(weakest(active, values, n).tolist()) == set(
+        own.topk(n, largest=False).indices.tolist()
+    )
 
 
 @settings(deadline=None)
@@ -195,7 +198,8 @@ def test_groups_lose_the_least_and_gain_their_own_largest(active, block_bytes, d
 
     matrix = scores.reshape(active.matrix_shape)
     wanted = [(count, as_they_are)]
-    ((added, _),) = top_inactive(active, wanted, lambda a, b: matrix[a:b], block_bytes, taken)
+    with patch("pyro_ssvi.exchange.BLOCK_BYTES", block_bytes):
+        ((added, _),) = top_inactive(active, wanted, lambda a, b: matrix[a:b], taken)
     inactive = scores.flatten().index_fill(0, active.indices, -1.0).view(-1, m)
     expected = {
         group * m + place
@@ -204,11 +208,12 @@ def test_groups_lose_the_least_and_gain_their_own_largest(active, block_bytes, d
     }
     assert set(added.tolist()) == expected
     candidates = (~active.mask).flatten().nonzero().squeeze(-1)
-    again, _ = best(active, candidates, scores.flatten()[candidates], count, taken)
+    ((again, _),) = best(active, wanted, candidates, scores.flatten()[candidates], taken)
     assert set(again.tolist()) == expected
 
 
-def test_a_tall_tile_is_read_a_few_rows_at_a_time():
+def test_a_tall_tile_is_read_a_few_rows_at_a_time(monkeypatch):
+    monkeypatch.setattr("pyro_ssvi.exchange.BLOCK_BYTES", 240)
     active = Columns().random((1000, 6), 2000)
     matrix, read = torch.rand(1000, 6), []
 
@@ -216,8 +221,8 @@ def test_a_tall_tile_is_read_a_few_rows_at_a_time():
         read.append(stop - start)
         return matrix[start:stop]
 
-    block_of_units = unit_scores(active, block, 240)
-    ((added, scores),) = top_inactive(active, [(2, as_they_are)], block_of_units, 240)
+    block_of_units = unit_scores(active, block)
+    ((added, scores),) = top_inactive(active, [(2, as_they_are)], block_of_units)
     assert max(read) == 10
     torch.testing.assert_close(scores, matrix.sum(0)[added])
 
@@ -562,12 +567,13 @@ def test_filters_of_a_convolution():
     assert filters.any(-1).sum() == 6
 
 
-def test_candidates_of_tiles_are_read_in_any_order():
+def test_candidates_of_tiles_are_read_in_any_order(monkeypatch):
     """As several processes do with proposed tiles."""
+    monkeypatch.setattr("pyro_ssvi.exchange.BLOCK_BYTES", 40)
     active = Tiles(2, 3).random((6, 9), 18)
     matrix = torch.randn(6, 9)
     units = torch.tensor([7, 0, 4])
     places, order = active.unit_coordinates(units).flatten().sort()
-    read = read_at(active, places, lambda a, b: matrix[a:b], 40)
+    read = read_at(active, places, lambda a, b: matrix[a:b])
     found = torch.empty(18).scatter_(0, order, read).view(3, 6)
     assert torch.equal(found, tile_view(active, matrix)[units])

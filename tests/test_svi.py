@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from pyro import poutine
 from pyro.infer import (
-    SVI,
     JitTrace_ELBO,
     RenyiELBO,
     Trace_ELBO,
@@ -28,7 +27,8 @@ from pyro_ssvi import (
     SubspaceModel,
     forbid_materialise,
 )
-from pyro_ssvi.addition import Addition, Gradient
+from pyro_ssvi.addition import ADDITION, Addition, Gradient
+from pyro_ssvi.criteria import REMOVAL
 from pyro_ssvi.gradient_record import GradientRecord
 
 x, y = torch.randn(20, 12), torch.randn(20)
@@ -265,17 +265,23 @@ def test_the_record_holds_the_gradient_of_the_mean(local_reparam):
     assert not guide.active_sets["w0"].same(active)
 
 
-@pytest.mark.parametrize("by_schedule", [False, True])
-def test_gradients_of_samples_are_averaged(by_schedule, monkeypatch):
-    seen, single = [], []
-    original = GradientRecord.add_product
+@pytest.fixture
+def single(monkeypatch):
+    """The gradients with respect to w0 that are recorded."""
+    gradients, original = [], GradientRecord.add_product
 
     def spy(self, active, g, x):
         if active.shape == (10, 12):
-            single.append(g @ x.t())
+            gradients.append(g @ x.t())
         original(self, active, g, x)
 
     monkeypatch.setattr(GradientRecord, "add_product", spy)
+    return gradients
+
+
+@pytest.mark.parametrize("by_schedule", [False, True])
+def test_gradients_of_samples_are_averaged(by_schedule, single):
+    seen = []
     _guide, svi = make(
         addition=Gradient(batches=1, samples=4, score=lambda g: seen.append(g) or g.abs()),
         schedule=ConstantSchedule(every=2),
@@ -290,24 +296,14 @@ def test_gradients_of_samples_are_averaged(by_schedule, monkeypatch):
     torch.testing.assert_close(seen[0], sum(single) / 4)
 
 
-def test_gradients_of_batches_are_averaged():
+def test_gradients_of_batches_are_averaged(single):
     seen = []
     _guide, svi = make(
         addition=Gradient(batches=3, score=lambda g: seen.append(g) or g.abs()),
         schedule=ConstantSchedule(every=3),
     )
-    single = []
-    original = GradientRecord.add_product
-
-    def spy(self, active, g, x):
-        if active.shape == (10, 12):
-            single.append(g @ x.t())
-        original(self, active, g, x)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GradientRecord, "add_product", spy)
-        for _ in range(3):
-            svi.step(x, y)
+    for _ in range(3):
+        svi.step(x, y)
     assert len(single) == 3
     torch.testing.assert_close(seen[0], sum(single) / 3)
 
@@ -348,17 +344,15 @@ def test_nothing_is_recorded_in_a_normal_step(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "removal",
-    ["abs_mean", "mean_abs", "snr", "snr_abs", "mean_exp_abs", "snr_exp_abs", lambda m, s: -s],
+    "criterion",
+    [{"removal": removal} for removal in [*REMOVAL, lambda loc, scale: -scale]]
+    + [{"addition": addition} for addition in [*ADDITION, lambda gradient: gradient]],
 )
-@pytest.mark.parametrize(
-    "addition", ["gradient", "mixed_gradient", "random", lambda gradient: gradient]
-)
-def test_every_pair_of_criteria(removal, addition):
-    guide, svi = make(removal=removal, addition=addition, schedule=ConstantSchedule(every=2))
+def test_every_criterion(criterion):
+    guide, svi = make(**criterion)
     svi.step(x, y)
     before = guide.active_sets["w0"]
-    svi.step(x, y)
+    svi.exchange(x, y, share=0.3)
     assert not guide.active_sets["w0"].same(before)
 
 
@@ -447,22 +441,6 @@ def test_kl_weight_as_a_function_of_the_step():
 
 
 # Other ways to train
-
-
-def test_plain_svi_with_the_wrapped_model():
-    losses = []
-    for wrapped in (False, True):
-        pyro.clear_param_store()
-        pyro.set_rng_seed(0)
-        guide = AutoSparseNormal(bnn, density=0.3)
-        optim = pyro.optim.Adam({"lr": 1e-2})
-        if wrapped:
-            svi = SVI(SubspaceModel(bnn), guide, optim, Trace_ELBO())
-        else:
-            svi = SSVI(bnn, guide, optim, Trace_ELBO())
-        with forbid_materialise():
-            losses.append([svi.step(x, y) for _ in range(5)])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_torch_style_training_of_a_pyro_module():

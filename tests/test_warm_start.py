@@ -95,20 +95,24 @@ def test_from_a_trained_network():
     torch.testing.assert_close(after, before)
 
 
+def mean_loss(svi):
+    return sum(svi.evaluate_loss(X, Y) for _ in range(20)) / 20
+
+
 def test_training_goes_on_from_there():
     dense = fitted(AutoNormal)
     guide = AutoSparseNormal(model, density=0.5)
     guide.warm_start(dense, X, Y)
     svi = SSVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
-    first = sum(svi.evaluate_loss(X, Y) for _ in range(20)) / 20
+    first = mean_loss(svi)
     for _ in range(100):
         svi.step(X, Y)
     svi.exchange(X, Y, share=0.3)
     cold = AutoSparseNormal(model, density=0.5)
     cold(X, Y)
     start = SSVI(model, cold, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
-    assert first < sum(start.evaluate_loss(X, Y) for _ in range(20)) / 20
-    assert sum(svi.evaluate_loss(X, Y) for _ in range(20)) / 20 < first
+    assert first < mean_loss(start)
+    assert mean_loss(svi) < first
 
 
 def sparse(kind=AutoSparseNormal, density=0.25, steps=60, **options):
@@ -193,11 +197,11 @@ def test_training_goes_on_from_a_sparse_guide():
     guide = AutoSparseNormal(model, density=0.5)
     guide.warm_start(source, X, Y)
     svi = SSVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
-    first = sum(svi.evaluate_loss(X, Y) for _ in range(20)) / 20
+    first = mean_loss(svi)
     for _ in range(100):
         svi.step(X, Y)
     svi.exchange(X, Y, share=0.3)
-    assert sum(svi.evaluate_loss(X, Y) for _ in range(20)) / 20 < first
+    assert mean_loss(svi) < first
 
 
 @pytest.mark.parametrize(

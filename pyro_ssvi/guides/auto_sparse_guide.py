@@ -32,6 +32,7 @@ from .prototype import Density, ShapesMessenger, SparseInitMessenger, Structures
 from .site_table import (
     Site,
     density_differences,
+    failing,
     read_table,
     table,
     table_differences,
@@ -297,11 +298,9 @@ class AutoSparseGuide(AutoGuide):
             errors.append(str(error))
             return
         if sites and not self.sites:
-            raw, indices = (
-                [torch.empty_like(state_dict[prefix + name]) for name in names]
-                for names in (self.raw_names, ["indices"])
-            )
-            self.take_sites(sites, [torch.nn.Parameter(each) for each in raw], *indices)
+            raw = [torch.empty_like(state_dict[prefix + name]) for name in self.raw_names]
+            indices = torch.empty_like(state_dict[prefix + "indices"])
+            self.take_sites(sites, [torch.nn.Parameter(each) for each in raw], indices)
         if self.sites:
             take_counts(self.sites, sites)
             self.indices = torch.empty_like(self.indices)  # the old one is in active sets
@@ -347,18 +346,16 @@ class AutoSparseGuide(AutoGuide):
         """Whether saved parameters are those of a posterior."""
         shapes = [tuple(each.shape) for each in raw]
         own = self.parameters_in_place() if self.sites else raw
-        constraints = self.parameter_constraints.values()
         try:
-            values = [transform_to(c)(each) for c, each in zip(constraints, raw, strict=True)]
+            values = self._constrained(raw)
             ok = self.finite(*values)
             fits = all(each.shape == raw[0].shape[:1] for each in (*self.marginals(*values), ok))
         except (IndexError, RuntimeError):  # of operations on shapes that do not go together
             fits = False
         if not fits or any(a.shape != b.shape for a, b in zip(raw, own, strict=True)):
             raise ValueError(f"its parameters are damaged: {self.raw_names} have shapes {shapes}")
-        if not ok.all():
-            parts = ok.split([site.k for site in sites])
-            bad = [site.name for site, part in zip(sites, parts, strict=True) if not part.all()]
+        bad = failing(sites, ok)
+        if bad:
             raise ValueError(f"loc is not finite or scale is not positive at sites {bad}")
 
     def take_sites(
@@ -459,11 +456,7 @@ class AutoSparseGuide(AutoGuide):
         # Once for all sites, where distributions would each ask the device.
         ok = self.valid(*flat)
         if not bool(ok.all()):
-            bad = [
-                site.name
-                for site, (valid,) in zip(self.sites, self.split(ok), strict=True)
-                if not valid.all()
-            ]
+            bad = failing(self.sites, ok)
             raise ValueError(f"loc is NaN or scale is not positive at sites {bad}")
 
     def valid(self, loc: Tensor, *others: Tensor) -> Tensor:
@@ -564,10 +557,14 @@ class AutoSparseGuide(AutoGuide):
 
     def _values(self) -> tuple[Tensor, ...]:
         """The parameters as they stand, whatever the store holds."""
+        return self._constrained(self.parameters_in_place())
+
+    def _constrained(self, raw: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The parameters with these unconstrained values."""
         constraints = self.parameter_constraints.values()
         return tuple(
-            transform_to(constraint)(raw)
-            for constraint, raw in zip(constraints, self.parameters_in_place(), strict=True)
+            transform_to(constraint)(value)
+            for constraint, value in zip(constraints, raw, strict=True)
         )
 
     def _raw(self, values: Sequence[Tensor]) -> list[Tensor]:

@@ -73,20 +73,16 @@ class SparseInitMessenger(InitMessenger):
 
     def _density(self, msg: Any) -> float:
         name, shape = msg["name"], msg["fn"].shape()
-        named = isinstance(self.density, Mapping) and name in self.density
-        if isinstance(self.density, Mapping) and not named:
-            return 1.0
-        refusal = _why_not_sparse(msg)
-        if named:
-            assert isinstance(self.density, Mapping)
-            density = check_density(self.density[name], name)
-            if density < 1 and refusal is not None:
+        if isinstance(self.density, Mapping):
+            density = self.density.get(name, 1.0)
+            refusal = _why_not_sparse(msg) if density < 1 else None
+            if refusal is not None:
                 raise ValueError(
                     f"site {name!r} cannot be sparse: {refusal}. "
                     f"Leave it out of density=, or set density={{{name!r}: 1.0, ...}}"
                 )
             return density
-        if refusal is not None or len(shape) < 2 or _is_missing_data(msg):
+        if len(shape) < 2 or _is_missing_data(msg) or _why_not_sparse(msg) is not None:
             return 1.0
         if callable(self.density):
             return check_density(self.density(name, shape), name)
@@ -151,7 +147,7 @@ def _why_not_sparse(msg: Any) -> str | None:
     fn = msg["fn"]
     if fn.support.is_discrete:
         return "it is discrete"
-    if msg["fn"].shape().numel() == 0:
+    if fn.shape().numel() == 0:
         return "it has no elements"
     if not is_elementwise_real(fn):
         return f"its prior {fn} is not a distribution of independent real numbers"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -15,9 +15,19 @@ from ..constraint_state import constraint_difference, constraint_state
 from ..densities import Policy
 from ..plain_data import Maybe, check_form, check_tensor
 from ..structures import Structure, count, read_structure, structure_state
-from .prototype import Structures, structure_of
+from .prototype import Density, Structures, structure_of
 
-__all__ = ["FORM", "NEEDS_MODEL", "Site", "read_table", "table", "table_differences", "take_counts"]
+__all__ = [
+    "FORM",
+    "NEEDS_MODEL",
+    "Site",
+    "density_differences",
+    "failing",
+    "read_table",
+    "table",
+    "table_differences",
+    "take_counts",
+]
 
 VERSION = 2  # 1, which older versions read, where no site has a structure
 FORM = {
@@ -210,6 +220,12 @@ def table_differences(theirs: list[Site], ours: list[Site], here: str) -> list[s
     return lines
 
 
+def failing(sites: list[Site], ok: Tensor) -> list[str]:
+    """The names of the sites of which not every coordinate is ok, ``[K]``."""
+    parts = ok.split([site.k for site in sites])
+    return [site.name for site, part in zip(sites, parts, strict=True) if not part.all()]
+
+
 def take_counts(sites: list[Site], source: list[Site]) -> None:
     """Give sites the numbers of active coordinates that others have, for whose values they are."""
     for site, other in zip(sites, source, strict=True):
@@ -227,11 +243,7 @@ def _described(site: Site, other: Site) -> str:
     return words
 
 
-def density_differences(
-    sites: list[Site],
-    density: float | Mapping[str, float] | Callable | Policy,
-    structure: Structures,
-) -> list[str]:
+def density_differences(sites: list[Site], density: Density, structure: Structures) -> list[str]:
     """What can be known of the differences before the model has run: of sparse sites alone."""
     lines: list[str] = []
     for site in sites:

@@ -25,6 +25,11 @@ class Start(NamedTuple):
     scale: Tensor | None
     indices: Tensor | None  # sorted flat positions; None for all
 
+    @property
+    def score(self) -> Tensor:
+        """How much each matters: its size, in standard deviations if it has one."""
+        return self.loc.abs() if self.scale is None else self.loc.abs() / self.scale
+
 
 @torch.no_grad()
 def warm_start(guide: AutoSparseGuide, source: AutoGuide | Mapping[str, Tensor]) -> None:
@@ -54,8 +59,7 @@ def _take(start: Start, own: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     :return: its new active coordinates.
     """
     if len(start.loc) > len(own):
-        score = start.loc.abs() if start.scale is None else start.loc.abs() / start.scale
-        place = score.topk(len(own), sorted=False).indices.sort().values
+        place = start.score.topk(len(own), sorted=False).indices.sort().values
     else:
         place = torch.arange(len(start.loc), device=own.device)
     taken = place if start.indices is None else start.indices[place]
@@ -73,8 +77,7 @@ def _take(start: Start, own: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
 def _take_structured(site: Site, start: Start, own: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     """As :func:`_take`, for a site whose coordinates are active together."""
     assert site.structure is not None
-    score = start.loc.abs() if start.scale is None else start.loc.abs() / start.scale
-    whole = _whole(site, start, score)
+    whole = _whole(site, start, start.score)
     if start.indices is not None:
         whole[own] += torch.finfo(whole.dtype).tiny  # its own before others without a value
     chosen = site.structure.best(whole.reshape(site.shape), site.k)

@@ -37,6 +37,7 @@ __all__ = [
     "DTYPES",
     "LONG",
     "batch_inner",
+    "check",
     "compiled",
     "launch",
     "matmul",
@@ -190,10 +191,10 @@ def batch_inner(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
-def _check(
+def check(
     csr: CSR, x: Tensor, x_shape: tuple[int, ...], a: Tensor, a_shape: tuple[int, ...]
 ) -> None:
-    # Compiled code reads whatever it is pointed at: what does not fit must not get that far.
+    """Compiled code reads whatever it is pointed at: what does not fit must not get that far."""
     crow, col = csr.crow, csr.col
     assert (x.shape, a.shape) == (x_shape, a_shape)
     assert x.dtype in DTYPES
@@ -206,7 +207,7 @@ def matmul(active: ActiveSet, values: Tensor, x: Tensor, transposed: bool) -> Te
     csr = active.csr_t if transposed else active.csr
     n, m = csr.shape
     k, b = len(csr.col), x.shape[1]
-    _check(csr, x, (m, b), values, (k,))
+    check(csr, x, (m, b), values, (k,))
     if not k * b:
         return x.new_zeros(n, b)
     width = min(_MATMUL_BYTES // x.itemsize, 1 << (b.bit_length() - 1))
@@ -224,7 +225,7 @@ def sampled(active: ActiveSet, g: Tensor, x: Tensor) -> Tensor:
     csr = active.csr
     n, m = csr.shape
     k, b = len(csr.col), x.shape[1]
-    _check(csr, x, (m, b), g, (n, b))
+    check(csr, x, (m, b), g, (n, b))
     if not k * b:
         return x.new_zeros(k)
     g, x = batch_inner(g), batch_inner(x)

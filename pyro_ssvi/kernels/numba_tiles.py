@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from ..active_set import ActiveSet
 from ..tiling import Tiling
-from .numba_cpu import DTYPES, LONG, batch_inner, compiled, launch, num_threads, panel
+from .numba_cpu import DTYPES, LONG, batch_inner, check, compiled, launch, num_threads, panel
 from .numba_vectors import (
     add_products,
     add_scaled,
@@ -151,7 +151,7 @@ def matmul(active: ActiveSet, values: Tensor, x: Tensor, transposed: bool) -> Te
     tiling = active.in_tiles(*((cols, rows) if transposed else (rows, cols)))
     csr = tiling.units.csr_t if transposed else tiling.units.csr
     k, b = len(active), x.shape[1]
-    _check(x, (m, b), values, (k,))
+    check(csr, x, (m, b), values, (k,))
     if not k * b:
         return x.new_zeros(n, b)
     tile = min(_SUMS_BYTES // (rows + rows % 2) // x.itemsize, 1 << (b.bit_length() - 1))
@@ -170,12 +170,12 @@ def matmul(active: ActiveSet, values: Tensor, x: Tensor, transposed: bool) -> Te
 def sampled(active: ActiveSet, g: Tensor, x: Tensor) -> Tensor:
     n, m = active.matrix_shape
     k, b = len(active), x.shape[1]
-    _check(x, (m, b), g, (n, b))
-    if not k * b:
-        return x.new_zeros(k)
     rows, cols = _part(*active.tile)
     tiling = active.in_tiles(rows, cols)
     csr = tiling.units.csr
+    check(csr, x, (m, b), g, (n, b))
+    if not k * b:
+        return x.new_zeros(k)
     width = _VECTOR_BYTES // x.itemsize
     if b % width:
         g, x = (F.pad(each, (0, width - b % width)) for each in (g, x))
@@ -212,11 +212,3 @@ def _part(rows: int, cols: int) -> tuple[int, int]:
         if rows % r == 0 and cols % c == 0
     ]
     return min(parts, key=lambda part: sum(part) / (part[0] * part[1]))
-
-
-def _check(x: Tensor, x_shape: tuple[int, ...], a: Tensor, a_shape: tuple[int, ...]) -> None:
-    # Compiled code reads whatever it is pointed at: what does not fit must not get that far.
-    assert (x.shape, a.shape) == (x_shape, a_shape)
-    assert x.dtype in DTYPES
-    assert a.dtype == x.dtype
-    assert all(t.device.type == "cpu" for t in (x, a))

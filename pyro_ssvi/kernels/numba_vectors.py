@@ -57,9 +57,30 @@ def _read(context: Any, builder: Any, vector: Vector, array_type: Any, *place: A
     return builder.load(address, align=vector.dtype.bitwidth // 8)
 
 
+def _write(
+    context: Any, builder: Any, vector: Vector, value: Any, array_type: Any, *place: Any
+) -> None:
+    address = _address(context, builder, array_type, *place)
+    address = builder.bitcast(address, value.type.as_pointer())
+    builder.store(value, address, align=vector.dtype.bitwidth // 8)
+
+
 def _address(context: Any, builder: Any, array_type: Any, array: Any, *index: Any) -> Any:
     array = context.make_array(array_type)(context, builder, array)
     return cgutils.get_item_pointer(context, builder, array_type, array, index)
+
+
+def _spread(builder: Any, number: Any, vector: ir.VectorType) -> Any:
+    """A vector with the same number everywhere."""
+    zero = ir.IntType(32)(0)
+    first = builder.insert_element(vector(ir.Undefined), number, zero)
+    lanes = ir.VectorType(zero.type, vector.count)(None)
+    return builder.shuffle_vector(first, vector(ir.Undefined), lanes)
+
+
+def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """``a * b + c``, in one rounding where the machine can."""
+    return builder.fadd(builder.fmul(a, b, flags=["contract"]), c, flags=["contract"])
 
 
 @intrinsic(prefer_literal=True)
@@ -84,9 +105,7 @@ def store(_, vector, array, i, j):
     """``array[i, j : j + width] = vector``."""
 
     def build(context, builder, signature, args):
-        address = _address(context, builder, array, *args[1:])
-        address = builder.bitcast(address, args[0].type.as_pointer())
-        builder.store(args[0], address, align=vector.dtype.bitwidth // 8)
+        _write(context, builder, vector, args[0], array, *args[1:])
 
     return types.void(vector, array, types.intp, types.intp), build
 
@@ -113,12 +132,7 @@ def axpy(_, a, x, y):
     """``a * x + y`` for a number and two vectors."""
 
     def build(context, builder, signature, args):
-        vector, zero = args[1].type, ir.IntType(32)(0)
-        a = builder.insert_element(vector(ir.Undefined), args[0], zero)
-        lanes = ir.VectorType(zero.type, x.width)(None)
-        a = builder.shuffle_vector(a, vector(ir.Undefined), lanes)
-        product = builder.fmul(a, args[1], flags=["contract"])
-        return builder.fadd(product, args[2], flags=["contract"])
+        return _multiply_add(builder, _spread(builder, args[0], args[1].type), *args[1:])
 
     return x(x.dtype, x, y), build
 
@@ -134,7 +148,7 @@ def dot(_, x, y):
         for start in range(0, x.width, part):
             lanes = ir.VectorType(int32, part)(list(range(start, start + part)))
             a, b = (builder.shuffle_vector(v, vector(ir.Undefined), lanes) for v in args)
-            total = builder.fadd(builder.fmul(a, b, flags=["contract"]), total, flags=["contract"])
+            total = _multiply_add(builder, a, b, total)
         function_type = ir.FunctionType(vector.element, [vector.element, total.type])
         name = f"llvm.vector.reduce.fadd.v{part}f{x.dtype.bitwidth}"
         function = cgutils.get_or_insert_function(builder.module, function_type, name)
@@ -166,7 +180,6 @@ def add_scaled(_, totals, values, start, down, across, count, x, i, j):
         values_type, x_type = signature.args[1], signature.args[6]
         parts = cgutils.unpack_tuple(builder, args[0])
         offset = ir.IntType(64)
-        lanes = ir.VectorType(ir.IntType(32), vector.width)(None)
         for b in range(count.literal_value):
             row = builder.add(args[7], offset(b))
             column = _read(context, builder, vector, x_type, args[6], row, args[8])
@@ -174,10 +187,8 @@ def add_scaled(_, totals, values, start, down, across, count, x, i, j):
                 place = a * down.literal_value + b * across.literal_value
                 place = builder.add(args[2], offset(place))
                 value = builder.load(_address(context, builder, values_type, args[1], place))
-                value = builder.insert_element(column.type(ir.Undefined), value, offset(0))
-                value = builder.shuffle_vector(value, column.type(ir.Undefined), lanes)
-                product = builder.fmul(value, column, flags=["contract"])
-                parts[a] = builder.fadd(product, parts[a], flags=["contract"])
+                value = _spread(builder, value, column.type)
+                parts[a] = _multiply_add(builder, value, column, parts[a])
         return context.make_tuple(builder, signature.return_type, parts)
 
     intp = types.intp
@@ -191,9 +202,7 @@ def store_rows(_, totals, array, i, j):
     def build(context, builder, signature, args):
         for a, part in enumerate(cgutils.unpack_tuple(builder, args[0])):
             row = builder.add(args[2], ir.IntType(64)(a))
-            address = _address(context, builder, array, args[1], row, args[3])
-            address = builder.bitcast(address, part.type.as_pointer())
-            builder.store(part, address, align=totals.dtype.dtype.bitwidth // 8)
+            _write(context, builder, totals.dtype, part, array, args[1], row, args[3])
 
     return types.void(totals, array, types.intp, types.intp), build
 
@@ -217,8 +226,7 @@ def add_products(_, totals, g, i, x, j, count, k):
         rows = read(g, args[1], args[2], len(parts) // across)
         columns = read(x, args[3], args[4], across)
         for n in range(len(parts)):
-            product = builder.fmul(rows[n // across], columns[n % across], flags=["contract"])
-            parts[n] = builder.fadd(product, parts[n], flags=["contract"])
+            parts[n] = _multiply_add(builder, rows[n // across], columns[n % across], parts[n])
         return context.make_tuple(builder, signature.return_type, parts)
 
     intp = types.intp
