@@ -118,7 +118,7 @@ class SSVI(SVI):
         for all of them together, see :mod:`pyro_ssvi.allocation`.
     :param schedule: when to exchange which share, see :mod:`pyro_ssvi.schedules`. The default,
         :class:`~pyro_ssvi.InverseSqrtSchedule`, asks for no number of steps, and never ends. If
-        you know your number, the paper's is as good, and comes to rest: a
+        you know your number, the paper's comes to rest, which is better in short trainings: a
         :class:`~pyro_ssvi.CosineSchedule` that stops at three quarters of it.
     :param new_scale: standard deviation of an added coordinate, or ``"mean"``: the mean of those
         of its site that stay.
