@@ -207,6 +207,22 @@ def test_pages_have_the_figures_of_the_lines(page, monkeypatch):
         assert any(set(row) <= set(each) for each in known), row
 
 
+def test_each_line_is_of_a_part_and_each_setting_has_a_line(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import quality
+    import quality_parts
+
+    asked = {
+        setting
+        for part, settings in quality_parts.PARTS.items()
+        if part != "steps"
+        for setting in settings
+    }
+    rows = [row for row in quality.read(quality.RESULTS) if "setting" in row]
+    assert {quality.Setting(**row["setting"]) for row in rows} == asked
+    assert len(rows) == len(asked)
+
+
 class InProcess(ThreadPoolExecutor):
     """Runs one after another, in the order of their submission."""
 
