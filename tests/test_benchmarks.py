@@ -148,7 +148,7 @@ def images(folder: Path, seed: int, prefix: str, n: int) -> None:
 
 
 #: How many settings of each part of the study are tried, where it is not two.
-KEPT = {"densities": 10, "lenet": 0, "defaults": 1, "agreement": 1, "exchanges": 0}
+KEPT = {"densities": 10, "lenet": 0, "defaults": 1, "agreement": 1, "exchanges": 0, "chosen": 0}
 
 
 @pytest.fixture
@@ -236,7 +236,7 @@ def test_quality_study_is_resumable_and_fills_its_page(quality, tmp_path, capsys
     page = tmp_path / "quality.md"
     names = ("densities", "longer", "steps", "wider", "lenet", "without_posterior", "criteria")
     names += ("exchanges", "agreement", "robustness", "elsewhere", "defaults", "structures")
-    names += ("correlations", "allocation", "evidence")
+    names += ("correlations", "allocation", "evidence", "chosen")
     marks = "".join(f"<!-- table: {name} -->\n<!-- end -->\n\n" for name in names)
     page.write_text(f"Before.\n\n{marks}After.\n")
     with pytest.MonkeyPatch.context() as patch:
