@@ -206,7 +206,7 @@ def race(scores: Tensor) -> Tensor:
     # fifth of the time of exponential_() on CPU.
     dtype = torch.promote_types(scores.dtype, torch.float32)
     times = torch.empty_like(scores, dtype=dtype).uniform_().log_().neg_()
-    return scores.to(dtype).add(1e-30).div_(times.clamp_(min=2.0**-25))
+    return scores.to(dtype).add(torch.finfo(dtype).tiny).div_(times.clamp_(min=2.0**-25))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,26 +14,27 @@ from .active_set import ActiveSet
 from .gradient_record import recording
 from .patches import Patches
 
-__all__ = ["conv", "matmul", "mv", "rows", "scatter"]
+__all__ = ["as_it_is", "conv", "matmul", "mv", "rows", "scatter"]
 
 
-def _as_it_is(forward: Callable) -> Callable:
-    """A forward pass in the dtype of its inputs: autocast is for those who multiply densely."""
+def as_it_is(pass_: Any) -> Any:
+    """A forward or backward pass in the dtype of its inputs: autocast is for those who multiply
+    densely."""
 
-    @functools.wraps(forward)
-    def wrapped(ctx: Any, values: Tensor, *args: Any) -> Tensor:
+    @functools.wraps(pass_)
+    def wrapped(ctx: Any, values: Tensor, *args: Any) -> Any:
         device = values.device.type
         if not torch.is_autocast_enabled(device):
-            return forward(ctx, values, *args)
+            return pass_(ctx, values, *args)
         with torch.autocast(device, enabled=False):
-            return forward(ctx, values, *args)
+            return pass_(ctx, values, *args)
 
     return wrapped
 
 
 class _Matmul(torch.autograd.Function):
     @staticmethod
-    @_as_it_is
+    @as_it_is
     def forward(
         ctx: Any, values: Tensor, x: Tensor, active: ActiveSet, transposed: bool, record: bool
     ) -> Tensor:
@@ -45,6 +45,7 @@ class _Matmul(torch.autograd.Function):
         return kernels.matmul(active, values, x, transposed)
 
     @staticmethod
+    @as_it_is
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         values, x = ctx.saved_tensors
@@ -62,7 +63,7 @@ class _Matmul(torch.autograd.Function):
 
 class _Mv(torch.autograd.Function):
     @staticmethod
-    @_as_it_is
+    @as_it_is
     def forward(ctx: Any, values: Tensor, x: Tensor, active: ActiveSet, record: bool) -> Tensor:
         columns = x.index_select(1, active.indices)
         ctx.record = recording() if record else None
@@ -72,6 +73,7 @@ class _Mv(torch.autograd.Function):
         return columns @ values
 
     @staticmethod
+    @as_it_is
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         values, columns, x = ctx.saved_tensors
@@ -88,7 +90,7 @@ class _Mv(torch.autograd.Function):
 
 class _Conv(torch.autograd.Function):
     @staticmethod
-    @_as_it_is
+    @as_it_is
     def forward(
         ctx: Any,
         values: Tensor,
@@ -104,6 +106,7 @@ class _Conv(torch.autograd.Function):
         return kernels.conv(active, values, x, patches, groups)
 
     @staticmethod
+    @as_it_is
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         values, x = ctx.saved_tensors
@@ -136,6 +139,7 @@ class _Rows(torch.autograd.Function):
         return out.index_put_((owner, column), values[entry])
 
     @staticmethod
+    @as_it_is
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         index, owner, entry, column = ctx.saved_tensors

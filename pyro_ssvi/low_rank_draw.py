@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .autograd import as_it_is
+
 __all__ = ["low_rank_draw"]
 
 
@@ -33,6 +35,7 @@ class _LowRankDraw(torch.autograd.Function):
     where ``(I + F^T F) c = F^T z``."""
 
     @staticmethod
+    @as_it_is
     def forward(
         ctx: Any, loc: Tensor, scale: Tensor, factor: Tensor, common: Tensor, own: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -49,6 +52,7 @@ class _LowRankDraw(torch.autograd.Function):
         return torch.addcmul(loc, scale, z), log_density
 
     @staticmethod
+    @as_it_is
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
         scale, factor, common, z, root, c = ctx.saved_tensors

@@ -15,6 +15,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from .ensemble import Ensemble
+from .guides import AutoSparseGuide
 from .sparse_tensor import SparseTensor
 
 __all__ = ["SparsePredictive"]
@@ -83,8 +84,10 @@ class SparsePredictive(torch.nn.Module):
         """The guide of each draw."""
         if isinstance(self.guide, Ensemble):
             yield from self.guide.in_turns(self.num_samples)
-        else:
+        elif isinstance(self.guide, AutoSparseGuide):
             yield from repeat(_SameParams()(self.guide), self.num_samples)
+        else:
+            yield from repeat(self.guide, self.num_samples)
 
     def _padding(self, trace: Trace, guide_trace: Trace) -> dict[str, int]:
         """The sites to return, and how many dimensions each lacks to have those of all plates."""
@@ -104,9 +107,10 @@ class SparsePredictive(torch.nn.Module):
 
 
 class _SameParams(Messenger):
-    """Has a guide compute its parameters once: they are the same for all draws.
+    """Has one sparse guide compute its parameters once: they are the same for all draws.
 
-    The scales of all coordinates take as long as a draw of them.
+    The scales of all coordinates take as long as a draw of them. Guides of other kinds may have
+    parts with parameters of one name, or parameters that a plate narrows.
     """
 
     def __init__(self) -> None:

@@ -102,13 +102,14 @@ class InverseSqrtSchedule(_Periodic):
     """``fraction sqrt(every / step)``, which asks for no number of steps; it is the default.
 
     The share falls fast at first, and always on: after 100 exchanges it is a tenth of what it was.
-    Exchanges never end, but a training for a multiple of ``every`` steps does not end in one:
-    they follow the first step after each multiple. Where hardly more coordinates are active than
+    Exchanges never end. They follow the first step after each multiple of ``every``: a training
+    for a round number of steps would end in one otherwise, and predict with coordinates that have
+    had no step. Where hardly more coordinates are active than
     count, as in a sparse regression, the weakest one that counts goes and comes back time and
     again: there, :class:`CosineSchedule` is better, which ends.
 
     :param every: steps from one exchange to the next.
-    :param fraction: share of the first exchange, in (0, 1].
+    :param fraction: share at step ``every``, just before the first exchange, in (0, 1].
     :param stop: from this step on there are no exchanges; by default there is no such step.
     """
 

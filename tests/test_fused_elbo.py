@@ -170,6 +170,15 @@ def test_other_guides_train_as_with_pyro_s_elbo(model, loss, pyro_s, family):
     assert_trained_alike(model, loss, pyro_s, family=family, kl_weight=0.5)
 
 
+@pytest.mark.parametrize("family", [AutoSparseNormal, AutoSparseLowRankMultivariateNormal])
+def test_autocast_is_for_dense_products(family):
+    _, losses, _ = train("plain", Trace_ELBO(), family=family)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fused, cast, _ = train("plain", Trace_ELBO(), family=family)
+    assert fused._fused is not None
+    torch.testing.assert_close(cast, losses, rtol=0.05, atol=0)
+
+
 def test_plates_made_by_the_guide_choose_the_model_s_rows():
     def create_plates(x, y):
         return pyro.plate("data", len(x), subsample_size=5)

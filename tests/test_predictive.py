@@ -73,6 +73,31 @@ def test_parameters_are_computed_once_a_call(guide):
     assert predictive(X)["w"].max() > before.max() + 50
 
 
+def test_two_guides_whose_parameters_have_one_name():
+    def two(x):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0).expand([2, 3]).to_event(2))
+        b = pyro.sample("b", dist.Normal(0.0, 1.0).expand([2, 3]).to_event(2))
+        return pyro.deterministic(
+            "both", torch.stack([(a @ torch.ones(3)).mean(), (b @ torch.ones(3)).mean()])
+        )
+
+    with pyro.settings.context(module_local_params=True):
+        guides = [
+            AutoSparseNormal(pyro.poutine.block(two, hide=[name]), density=1.0)
+            for name in ("b", "a")
+        ]
+        for guide, loc in zip(guides, (10.0, 20.0), strict=True):
+            guide(X)
+            with torch.no_grad():
+                guide.parameters_in_place()[0].fill_(loc)
+
+        def both(x):
+            return {**guides[0](x), **guides[1](x)}
+
+        found = SparsePredictive(two, both, 3, ("both",))(X)["both"]
+        torch.testing.assert_close(found.mean(0), torch.tensor([30.0, 60.0]), rtol=0, atol=1)
+
+
 def test_the_result_and_its_sites_are_of_the_same_draw(guide):
     found = SparsePredictive(model, guide, 4, ("w", "v", "mean", "_RETURN"))(X)
     for w, v, mean in zip(found["w"], found["v"], found["mean"], strict=True):
