@@ -51,9 +51,12 @@ class Results:
         return [run for key, run in self.runs.items() if replace(key, seed=0) == setting]
 
     def groups(self, settings: Sequence[Setting]) -> list[tuple[Setting, list[dict[str, Any]]]]:
-        """Settings that have runs, each with them."""
-        keys = dict.fromkeys(replace(setting, seed=0) for setting in settings)
-        return [(key, runs) for key in keys if (runs := self.of(key))]
+        """Settings that have runs, each with those that are asked for: a part compares seeds."""
+        found: dict[Setting, list[dict[str, Any]]] = {}
+        for setting in settings:
+            if setting in self.runs:
+                found.setdefault(replace(setting, seed=0), []).append(self.runs[setting])
+        return list(found.items())
 
 
 def spread(values: Sequence[float], show: Callable[[float], str]) -> str:
@@ -115,7 +118,7 @@ def with_net(setting: Setting) -> str:
 def as_called(setting: Setting) -> str:
     if not setting.decay:
         return f"{name(replace(setting, kl_weight=1.0))}, Adam at 1e-3, likelihood as it is"
-    own = f'CosineSchedule, addition="{setting.addition}"'
+    own = f'CosineSchedule(every={setting.every}), addition="{setting.addition}"'
     return f"{name(setting)}, {'by default' if setting.schedule == 'inverse-sqrt' else own}"
 
 

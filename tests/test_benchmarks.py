@@ -189,8 +189,16 @@ def quality(tmp_path, monkeypatch):
         sys.modules.pop(module, None)
 
 
-@pytest.mark.parametrize("page", ["docs/quality.md", "README.md", "docs/structured.md"])
-def test_pages_have_the_figures_of_the_lines(page, monkeypatch):
+@pytest.mark.parametrize(
+    ("page", "rows"),
+    [
+        ("docs/quality.md", 90),
+        ("README.md", 11),
+        ("docs/structured.md", 7),
+        ("docs/ensembles.md", 1),
+    ],
+)
+def test_pages_have_the_figures_of_the_lines(page, rows, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import quality
     import quality_page
@@ -201,8 +209,11 @@ def test_pages_have_the_figures_of_the_lines(page, monkeypatch):
 
     tables = quality_page.tables(quality.read(quality.RESULTS)).values()
     known = [row for table in tables for row in cells(table)]
-    quoted = [row for row in cells((ROOT / page).read_text()) if len(row) > 2]
-    assert len(quoted) > 5
+    text = (ROOT / page).read_text()
+    if page == "docs/ensembles.md":  # the others are its own benchmark's
+        text = "\n".join(line for line in text.splitlines() if "AutoNormal, dense" in line)
+    quoted = [row for row in cells(text) if len(row) > 2]
+    assert len(quoted) >= rows
     for row in quoted:
         assert any(set(row) <= set(each) for each in known), row
 
