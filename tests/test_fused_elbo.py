@@ -174,6 +174,28 @@ def test_other_guides_train_as_with_pyro_s_elbo(model, loss, pyro_s, family):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+class Exponential(AutoSparseNormal):
+    scale_constraint = dist.constraints.positive
+
+
+class Halved(Exponential):
+    """Another posterior."""
+
+    def site_posterior(self, site, loc, scale):
+        return super().site_posterior(site, loc, scale / 2)
+
+
+@pytest.mark.parametrize("family", [Exponential, Halved])
+def test_a_guide_of_the_user_s_trains_as_with_pyro_s_elbo(family):
+    """In the fused step, if nothing but a constant is its own."""
+    svi, losses, state = train("plain", Trace_ELBO(), family=family)
+    _, own_losses, own_state = train("plain", PyroTrace(), family=family)
+    assert (svi._fused is None) == (family is Halved)
+    torch.testing.assert_close(losses, own_losses, rtol=1e-5, atol=1e-4)
+    for a, b in zip(state, own_state, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_plates_made_by_the_guide_choose_the_model_s_rows():
     def create_plates(x, y):
         return pyro.plate("data", len(x), subsample_size=5)
