@@ -328,6 +328,12 @@ class Sparse(Bayesian):
         return [super().state(), [vars(each) for each in (*sets, *tilings, *units)]]
 
 
+class Exponential(AutoSparseNormal):
+    """Standard deviations through exp instead of softplus."""
+
+    scale_constraint = dist.constraints.positive
+
+
 CONTENDERS: dict[str, Callable[[nn.Module, Batch, float], Contender]] = {
     "autonormal": lambda net, batch, _: Bayesian(net, batch, Trace_ELBO()),
     "autonormal-meanfield": lambda net, batch, _: Bayesian(net, batch, TraceMeanField_ELBO()),
@@ -336,6 +342,7 @@ CONTENDERS: dict[str, Callable[[nn.Module, Batch, float], Contender]] = {
     "masked": Masked,
     "ssvi": lambda *args: Sparse(*args, Trace_ELBO()),
     "ssvi-meanfield": lambda *args: Sparse(*args, TraceMeanField_ELBO()),
+    "ssvi-exp": lambda *args: Sparse(*args, Trace_ELBO(), family=Exponential),
     "ssvi-delta": lambda *args: Sparse(*args, Trace_ELBO(), family=AutoSparseDelta),
     "ssvi-lowrank": lambda *args: Sparse(
         *args, Trace_ELBO(), family=AutoSparseLowRankMultivariateNormal

@@ -16,7 +16,8 @@ The contenders (see contenders.py) train the network 784-H-H-10 on random images
 - deterministic: a plain network with Adam; ivon: a plain network with IVON
 - masked: SSVI as published, with dense tensors times masks
 - ssvi, ssvi-meanfield: this package, with either loss; ssvi-torch: with torch's CSR products;
-  ssvi-tiles: with tiles of 4 x 4 weights; ssvi-rows, ssvi-columns: with whole ones
+  ssvi-tiles: with tiles of 4 x 4 weights; ssvi-rows, ssvi-columns: with whole ones; ssvi-exp: with
+  standard deviations through exp
 - ssvi-delta, ssvi-lowrank: with a sparse point estimate, and with correlations of rank 10
 """
 
@@ -46,6 +47,7 @@ DENSE = ("autonormal", "autonormal-meanfield", "deterministic", "ivon", "masked"
 SPARSE = (
     "ssvi",
     "ssvi-meanfield",
+    "ssvi-exp",
     "ssvi-delta",
     "ssvi-lowrank",
     "ssvi-tiles",

@@ -16,6 +16,7 @@ import csv
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from torchvision.models import resnet18
 from tqdm import tqdm
 
 from pyro_ssvi import SSVI, AutoSparseNormal, CosineSchedule, SparsePredictive
-from pyro_ssvi.addition import Gradient, Random
+from pyro_ssvi.addition import ADDITION, Gradient
 from pyro_ssvi.criteria import REMOVAL
 from pyro_ssvi.densities import ErdosRenyiKernel, Policy, Uniform
 from pyro_ssvi.diagnostics import elbo_parts
@@ -120,14 +121,17 @@ def make_svi(args: argparse.Namespace, model: Classifier, num_data: int) -> SSVI
         # log likelihood of one image: with a likelihood of all images the weight would be 0.01.
         return args.kl_weight / num_data * min(2 * (step // epoch + 1) / args.epochs, 1)
 
-    gradient = Gradient(args.gradient_batches, args.gradient_samples, args.gradient_at)
+    addition = ADDITION[args.addition]
+    if isinstance(addition, Gradient):
+        batches, samples, at = args.gradient_batches, args.gradient_samples, args.gradient_at
+        addition = replace(addition, batches=batches, samples=samples, at=at)
     return SSVI(
         model,
         guide,
         make_optim(args),
         TraceMeanField_ELBO(),
         removal=args.removal,
-        addition=gradient if args.addition == "gradient" else Random(),
+        addition=addition,
         # The paper's share, 0.15 (1 + cos), is a fraction of 0.3 at the start.
         schedule=CosineSchedule(min(args.exchange_every, stop), args.fraction, stop),
         new_scale=args.new_scale,
@@ -231,7 +235,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--samples", type=int, default=10, help="draws of the last evaluation")
     group = parser.add_argument_group("exchanges")
     group.add_argument("--removal", choices=sorted(REMOVAL), default="snr_abs")
-    group.add_argument("--addition", choices=["gradient", "random"], default="gradient")
+    group.add_argument("--addition", choices=sorted(ADDITION), default="gradient")
     group.add_argument("--gradient-at", choices=["sample", "mean"], default="sample")
     group.add_argument("--gradient-samples", type=int, default=1)
     group.add_argument("--gradient-batches", type=int, default=1)

@@ -86,7 +86,7 @@ class Ensemble(nn.Module):
             give it the member's.
         """
         self._require_members()
-        if any(own["model"] or own["store"] for own in self._own):
+        if any(own["store"] or _has_elements(own["model"]) for own in self._own):
             raise ValueError(
                 "the members have parameters or buffers of the model with them: use "
                 "SparsePredictive(model, ensemble, num_samples), which puts them in place"
@@ -147,6 +147,11 @@ def load_ensemble(path: str | os.PathLike, model: Callable, map_location: Any = 
         ensemble._take(member, f"member {i} of {path}")
         refuse_another(member, model, path)
     return ensemble
+
+
+def _has_elements(state: Mapping[str, Any]) -> bool:
+    """Whether a module's state has any: that of a bayesianized network has emptied weights."""
+    return any(not isinstance(value, Tensor) or value.numel() > 0 for value in state.values())
 
 
 @contextmanager

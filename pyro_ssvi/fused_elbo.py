@@ -8,6 +8,7 @@ estimates of Trace_ELBO and TraceMeanField_ELBO from the guide's flat parameters
 from __future__ import annotations
 
 import math
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class FusedELBO:
     """
 
     def __init__(self, loss: Any, guide: Any, *args: Any, **kwargs: Any) -> None:
-        if type(guide) not in _GUIDES:
+        if not _draws_as_ours(guide):
             raise NotFusedError
         if type(loss) not in (Trace_ELBO, TraceMeanField_ELBO):
             raise NotFusedError
@@ -201,6 +202,14 @@ class FusedELBO:
             except NotImplementedError:
                 pass
         return q.log_prob(msg["value"]).sum() - _log_prob(prior, msg).sum()
+
+
+def _draws_as_ours(guide: Any) -> bool:
+    """Whether its class is one of this package, or differs in constants only, such as
+    ``scale_constraint``."""
+    own = takewhile(lambda kind: kind not in _GUIDES, type(guide).__mro__)
+    functions = any(hasattr(value, "__get__") for kind in own for value in vars(kind).values())
+    return isinstance(guide, _GUIDES) and not functions
 
 
 def _draw(guide: Any, flat: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | float, Tensor | None]:

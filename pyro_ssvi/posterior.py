@@ -74,6 +74,8 @@ def export(svi: SSVI, path: str | os.PathLike, dtype: torch.dtype | None = None)
 
 def guide_state(guide: Any, dtype: torch.dtype | None = None) -> dict[str, Any]:
     """A posterior as plain data, for :func:`guide_of`; raises as :func:`export`."""
+    if not (dtype is None or isinstance(dtype, torch.dtype)):
+        raise ValueError(f"expected a dtype such as torch.bfloat16, got {dtype!r}")
     kind: Any = next((kind for kind in KINDS if isinstance(guide, kind)), None)
     # One with a posterior of its own would come back as another.
     if kind is None or any(

@@ -101,7 +101,7 @@ class SSVI(SVI):
 
     :param model: a Pyro model. Its priors cover active coordinates only.
     :param guide: an :class:`AutoSparseNormal` or another sparse guide, or a module that contains
-        some.
+        some. Another one is trained as SVI does, with a warning at the first step.
     :param optim: a Pyro optimizer. Its state follows its coordinate.
     :param loss: an ELBO, or any ``callable(model, guide, *args, **kwargs)`` that gives a loss;
         those that compile with torch.jit would keep the first active set.
@@ -239,6 +239,11 @@ class SSVI(SVI):
 
         :return: the estimate of the loss, as :meth:`pyro.infer.SVI.step`.
         """
+        if not (self.steps or self.guides):  # not before, for parts may be added to a guide
+            warn_caller(
+                f"{type(self.guide).__name__} has no sparse part, so nothing will be exchanged: "
+                "use AutoSparseNormal, or pyro.infer.SVI if the guide is to be dense"
+            )
         now = self.steps + 1
         loss, used = self._gradients(args, kwargs)
         params = set(used.values())

@@ -22,6 +22,7 @@ from pyro_ssvi import (
     load_posterior,
 )
 from pyro_ssvi.ensemble import FILES
+from pyro_ssvi.nn import bayesianize
 
 
 def plain_model(x, y=None):
@@ -94,6 +95,24 @@ def test_as_a_guide_it_draws_members_at_random():
     assert (counts - 30).abs().max() < 5 * math.sqrt(90 * 2 / 9)
     draws = Predictive(plain_model, guide=ensemble, num_samples=6)(X)
     assert draws["obs"].shape == (6, len(X))
+
+
+def test_emptied_weights_of_a_network_are_no_parameters_of_the_model():
+    class Linear(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = bayesianize(torch.nn.Linear(12, 1), prior=0.5)
+
+        def forward(self, x, y=None):
+            mean = self.net(x).squeeze(-1)
+            with pyro.plate("data", len(x)):
+                return pyro.sample("obs", dist.Normal(mean, 0.5), obs=y)
+
+    svi = trained(Linear(), steps=2)
+    ensemble = Ensemble(svi.model.model)
+    ensemble.add(svi)
+    draws = Predictive(svi.model.model, guide=ensemble, num_samples=3)(X)
+    assert draws["obs"].shape == (3, len(X))
 
 
 @pytest.mark.parametrize("kind", [AutoSparseDelta, AutoSparseLowRankMultivariateNormal])

@@ -1,4 +1,5 @@
 import copy
+import inspect
 import io
 import math
 import warnings
@@ -237,6 +238,29 @@ def test_another_model(tmp_path):
         ValueError, match=r"another model: site 'w': saved with 36 active of \(10, 12"
     ):
         load_posterior(tmp_path / "a.posterior", other)(X)
+
+
+@pytest.mark.parametrize("structure", [None, {"w": Columns()}])
+def test_a_model_with_other_sites(tmp_path, structure):
+    """The message is of the file: who loads it never set a density, nor a structure."""
+    guide = AutoSparseNormal(model, density={"w": 0.3, "v": 0.5}, structure=structure)
+    trained(guide=guide).export(tmp_path / "a.posterior")
+    pyro.clear_param_store()
+
+    def other(x, y=None):
+        pyro.sample("u", dist.Normal(0.0, 1.0).expand([10, 12]).to_event(2))
+
+    sites = r"saved with the sites \['w', 'v', 'sigma'\], the model has \['u'\]"
+    with pytest.raises(ValueError, match=f"of another model: {sites}"):
+        load_posterior(tmp_path / "a.posterior", other)(X)
+
+
+@pytest.mark.parametrize("dtype", ["float16", float])
+def test_what_is_no_dtype(tmp_path, dtype):
+    svi = trained(steps=2)
+    with pytest.raises(ValueError, match=f"expected a dtype such as torch.bfloat16, got {dtype!r}"):
+        svi.export(tmp_path / "a.posterior", dtype=dtype)
+    assert not list(tmp_path.iterdir())
 
 
 # A plain network
@@ -494,6 +518,10 @@ def test_a_guide_without_the_networks_weights():
         make_net().with_sparse_weights(guide)
 
 
+@pytest.mark.skipif(
+    "dynamic_shapes" not in inspect.signature(torch.onnx.export).parameters,
+    reason="torch is too old",
+)
 def test_onnx(tmp_path):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")

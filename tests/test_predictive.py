@@ -3,6 +3,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
+from pyro import poutine
 from pyro.infer import Predictive
 from pyro.infer.autoguide import AutoNormal
 from pyro.poutine.messenger import Messenger
@@ -104,6 +105,17 @@ def test_the_result_and_its_sites_are_of_the_same_draw(guide):
         torch.testing.assert_close(torch.tanh(X @ w[0].T) @ v[0].T, mean.reshape(7, 2))
     assert torch.equal(found["mean"].flatten(), found["_RETURN"].flatten())
     assert not found["mean"].requires_grad
+
+
+@torch.no_grad()
+def test_draws_that_are_kept_are_those_of_every_batch(guide):
+    """Each call of SparsePredictive draws anew; a trace of the guide may be replayed."""
+    predictive = SparsePredictive(model, guide, 3, ["_RETURN"])
+    assert not torch.allclose(predictive(X)["_RETURN"], predictive(X)["_RETURN"])
+    with forbid_materialise():
+        draw = poutine.trace(guide).get_trace(X[:1])
+        whole, *parts = (poutine.replay(model, trace=draw)(x) for x in (X, X[:3], X[3:]))
+    torch.testing.assert_close(torch.cat(parts), whole)
 
 
 def test_a_dense_guide_and_nested_plates():

@@ -4,6 +4,7 @@ import csv
 import math
 import pickle
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import resnet_cifar
+
+from pyro_ssvi.addition import ADDITION, Gradient
 
 FEW = "--limit 8 --batch-size 4 --exchange-every 2 --samples 2 --epochs 2 --lr 0.1 --kl-weight 1e-6"
 
@@ -117,6 +120,16 @@ def test_images_are_standardised_by_channel(cifar):
         raw = pickle.load(file)["data"].reshape(-1, 3, 32, 32) / 255
     expected = (raw[:, 1] - 0.4822) / 0.1994
     np.testing.assert_allclose(data.inputs(data.test_x)[:, 1], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(ADDITION))
+def test_every_addition_criterion_is_offered(name):
+    arguments = f"--data-dir x --addition {name} --gradient-batches 2 --exchange-every 20"
+    args = resnet_cifar.parse_args(arguments.split())
+    svi = resnet_cifar.make_svi(args, resnet_cifar.Classifier(10, 0.005), 50_000)
+    gradient = isinstance(ADDITION[name], Gradient)
+    assert svi.addition == (replace(ADDITION[name], batches=2) if gradient else ADDITION[name])
+    assert resnet_cifar.parse_args(["--data-dir", "x"]).addition == "gradient"  # as published
 
 
 def test_options_of_the_optimizer_depend_on_the_parameter():

@@ -1,5 +1,6 @@
 import math
 import warnings
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -484,9 +485,21 @@ def test_a_dense_guide_is_trained_and_never_exchanged():
         schedule=ConstantSchedule(every=2),
         kl_weight=0.1,
     )
-    for _ in range(5):
+    # Who changes one of two names trains a dense posterior, and has to hear of it.
+    with pytest.warns(UserWarning, match=r"^AutoNormal has no sparse.*AutoSparseNormal") as caught:
         svi.step(x, y)
+    assert [Path(each.filename) for each in caught] == [Path(__file__)]
+    for _ in range(4):
+        svi.step(x, y)  # once is enough: warnings are errors here
     assert svi.guides == []
+
+
+def test_a_sparse_part_may_come_after_ssvi_is_made():
+    guide = AutoGuideList(bnn)
+    svi = SSVI(bnn, guide, OPTIMIZERS["Adam"](), Trace_ELBO())
+    guide.append(AutoSparseNormal(bnn, density=0.3))
+    svi.step(x, y)
+    assert svi.exchange(x, y, share=0.4) == {"w0": 14, "w1": 1}
 
 
 def test_nothing_to_exchange_in_a_guide_whose_sites_are_all_dense():

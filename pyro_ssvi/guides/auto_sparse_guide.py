@@ -166,12 +166,6 @@ class AutoSparseGuide(AutoGuide):
     def _setup_parameters(self) -> None:
         trace: Any = self.prototype_trace
         latents = dict(trace.iter_stochastic_nodes())
-        if isinstance(self.density, Mapping):
-            unknown = sorted(set(self.density) - set(latents))
-            if unknown:
-                raise ValueError(
-                    f"density names {unknown}, but the model's latent sites are {list(latents)}"
-                )
         sites, locs, indices = [], [], []
         for name, node in latents.items():
             site, loc = self._setup_site(name, node)
@@ -181,6 +175,16 @@ class AutoSparseGuide(AutoGuide):
                 indices.append(node["value"].active.indices)
         if not sites:
             raise RuntimeError(f"{type(self).__name__} found no latent variables")
+        # Before density= and structure=, which are not the user's own where a file was loaded.
+        differences = table_differences(self.sites, sites, "the model") if self.sites else []
+        if differences:
+            raise ValueError("the loaded state is of another model: " + "; ".join(differences))
+        if isinstance(self.density, Mapping):
+            unknown = sorted(set(self.density) - set(latents))
+            if unknown:
+                raise ValueError(
+                    f"density names {unknown}, but the model's latent sites are {list(latents)}"
+                )
         if isinstance(self.structure, Mapping):
             sparse = [site.name for site in sites if site.is_sparse]
             unknown = sorted(set(self.structure) - set(sparse))
@@ -191,9 +195,6 @@ class AutoSparseGuide(AutoGuide):
             raise ValueError(f"latent sites must be on one device, got (device: site) {devices}")
         self._refuse_stale_store()
         if self.sites:
-            differences = table_differences(self.sites, sites, "the model")
-            if differences:
-                raise ValueError("the loaded state is of another model: " + "; ".join(differences))
             take_counts(sites, self.sites)
             self.sites = sites
             return
