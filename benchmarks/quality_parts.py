@@ -158,7 +158,8 @@ def lenet() -> list[Setting]:
     """LeNet-5, whose published figures are beside ours."""
     return seeds(
         [
-            replace(NET, net="lenet"),
+            *(replace(NET, net="lenet", epochs=epochs) for epochs in (10, 20)),
+            replace(DENSE, net="lenet", epochs=20),
             *(
                 replace(SPARSE, net="lenet", density=0.1, epochs=20, kl_weight=weight)
                 for weight in (0.1, 0.2)
