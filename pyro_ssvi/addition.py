@@ -206,7 +206,8 @@ def race(scores: Tensor) -> Tensor:
     # fifth of the time of exponential_() on CPU.
     dtype = torch.promote_types(scores.dtype, torch.float32)
     times = torch.empty_like(scores, dtype=dtype).uniform_().log_().neg_()
-    return scores.to(dtype).add(torch.finfo(dtype).tiny).div_(times.clamp_(min=2.0**-25))
+    least = 32 * torch.finfo(dtype).tiny  # by a time, which is 17 at most, it is no subnormal
+    return scores.to(dtype).add(least).div_(times.clamp_(min=2.0**-25))
 
 
 @dataclass(frozen=True)

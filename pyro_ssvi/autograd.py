@@ -139,7 +139,6 @@ class _Rows(torch.autograd.Function):
         return out.index_put_((owner, column), values[entry])
 
     @staticmethod
-    @as_it_is
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         index, owner, entry, column = ctx.saved_tensors

@@ -8,7 +8,6 @@ estimates of Trace_ELBO and TraceMeanField_ELBO from the guide's flat parameters
 from __future__ import annotations
 
 import math
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -207,9 +206,12 @@ class FusedELBO:
 def _draws_as_ours(guide: Any) -> bool:
     """Whether its class is one of this package, or differs in constants only, such as
     ``scale_constraint``."""
-    own = takewhile(lambda kind: kind not in _GUIDES, type(guide).__mro__)
-    functions = any(hasattr(value, "__get__") for kind in own for value in vars(kind).values())
-    return isinstance(guide, _GUIDES) and not functions
+    classes = type(guide).__mro__
+    ours = next((kind for kind in classes if kind in _GUIDES), None)
+    if ours is None:
+        return False
+    own = [kind for kind in classes if kind not in ours.__mro__]
+    return not any(hasattr(value, "__get__") for kind in own for value in vars(kind).values())
 
 
 def _draw(guide: Any, flat: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | float, Tensor | None]:
@@ -220,7 +222,7 @@ def _draw(guide: Any, flat: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | float,
     """
     if isinstance(guide, AutoSparseDelta):
         return flat[0], 0.0, None
-    if not guide.mean_field:
+    if isinstance(guide, AutoSparseLowRankMultivariateNormal):
         return *low_rank_draw(*flat), None
     loc, scale = flat
     noise = torch.empty_like(loc)

@@ -239,13 +239,13 @@ class SSVI(SVI):
 
         :return: the estimate of the loss, as :meth:`pyro.infer.SVI.step`.
         """
-        if not (self.steps or self.guides):  # not before, for parts may be added to a guide
+        now = self.steps + 1
+        loss, used = self._gradients(args, kwargs)
+        if now == 1 and not self.guides:  # not before: its first run may make parts of a guide
             warn_caller(
                 f"{type(self.guide).__name__} has no sparse part, so nothing will be exchanged: "
                 "use AutoSparseNormal, or pyro.infer.SVI if the guide is to be dense"
             )
-        now = self.steps + 1
-        loss, used = self._gradients(args, kwargs)
         params = set(used.values())
         unknown = isinstance(self._elbo, TraceTailAdaptive_ELBO)  # it reports inf at all times
         finite = (unknown or _is_finite(loss)) and _have_finite_gradients(params)
@@ -437,7 +437,8 @@ class SSVI(SVI):
         record, self._record = self._record, GradientRecord()
         try:
             # All sites are decided before any is changed.
-            plans = [(guide, self._plan(guide, share, record)) for guide in self.guides]
+            with _own_precision(self.guides):
+                plans = [(guide, self._plan(guide, share, record)) for guide in self.guides]
         except FloatingPointError as error:
             warn_caller(f"exchange after step {self.steps} skipped: {error}", NonFiniteWarning)
             return {}
@@ -559,6 +560,15 @@ class SSVI(SVI):
         return self.addition.first_values(
             active, added, self.addition.read(active, added, record), record
         )
+
+
+@contextmanager
+def _own_precision(guides: list[AutoSparseGuide]) -> Iterator[None]:
+    """Without autocast, which is for those who multiply densely."""
+    with ExitStack() as stack:
+        for device in {guide.indices.device.type for guide in guides if guide.sites}:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pyro.nn import PyroModule, PyroSample
 from pyro_ssvi import (
     SSVI,
     AutoSparseDelta,
+    AutoSparseGuide,
     AutoSparseLowRankMultivariateNormal,
     AutoSparseNormal,
     ConstantSchedule,
@@ -170,6 +171,44 @@ def test_training_is_that_of_pyro_s_elbo(model, loss, pyro_s, kl_weight):
 @pytest.mark.parametrize("model", ["hierarchical", "handlers", "plates", "simplex"])
 def test_other_guides_train_as_with_pyro_s_elbo(model, loss, pyro_s, family):
     assert_trained_alike(model, loss, pyro_s, family=family, kl_weight=0.5)
+
+
+class Halved(AutoSparseGuide):
+    def normal(self, site, loc, scale):
+        return super().normal(site, loc, scale / 2)
+
+
+class Mixed(AutoSparseNormal, Halved):
+    """Its own function comes after AutoSparseNormal's."""
+
+
+def test_a_function_from_behind_is_heard():
+    assert train("plain", Trace_ELBO(), family=Mixed)[0]._fused is None
+
+
+@pytest.mark.parametrize("addition", ["gradient", "evidence"])
+def test_exchanges_within_autocast_are_those_without(addition):
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 20), torch.randn(64)
+
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([4, 20]).to_event(2))
+        with pyro.plate("data", 1000, subsample=torch.arange(len(x))):
+            pyro.sample("obs", dist.Normal(F.linear(x, w)[:, 0], 0.1), obs=y)
+
+    added = []
+    for enabled in (False, True):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        guide = AutoSparseNormal(model, density=0.5)
+        optim = pyro.optim.Adam({"lr": 1e-3})
+        svi = SSVI(model, guide, optim, Trace_ELBO(), addition=addition)
+        for _ in range(3):
+            svi.step(x, y)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            svi.exchange(x, y, share=0.3)
+        added.append(guide.active_sets["w"].indices)
+    assert torch.equal(*added)
 
 
 @pytest.mark.parametrize("family", [AutoSparseNormal, AutoSparseLowRankMultivariateNormal])

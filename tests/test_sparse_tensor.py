@@ -442,7 +442,11 @@ def test_a_use_that_needs_no_gradient_is_not_recorded():
 @pytest.mark.parametrize("backend", ["auto", "numba", "torch", "dense"])
 @pytest.mark.parametrize(
     ("layer", "shape", "inputs"),
-    [(F.linear, (6, 8), (3, 8)), (F.conv2d, (6, 4, 3, 2), (2, 4, 7, 6))],
+    [
+        (F.linear, (6, 8), (3, 8)),
+        (lambda x, w: x @ w, (40,), (3, 40)),
+        (F.conv2d, (6, 4, 3, 2), (2, 4, 7, 6)),
+    ],
 )
 def test_autocast_leaves_sparse_products_in_their_precision(backend, layer, shape, inputs):
     weight = SparseTensor(torch.randn(20, requires_grad=True), ActiveSet.random(shape, 20))

@@ -494,6 +494,20 @@ def test_a_dense_guide_is_trained_and_never_exchanged():
     assert svi.guides == []
 
 
+def test_a_guide_may_make_its_sparse_part_when_it_runs():
+    class Late(PyroModule):
+        def forward(self, *args):
+            if not hasattr(self, "part"):
+                self.part = AutoSparseNormal(bnn, density=0.3)
+            return self.part(*args)
+
+    svi = SSVI(bnn, Late(), pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        svi.step(x, y)
+    assert len(svi.guides) == 1
+
+
 def test_a_sparse_part_may_come_after_ssvi_is_made():
     guide = AutoGuideList(bnn)
     svi = SSVI(bnn, guide, OPTIMIZERS["Adam"](), Trace_ELBO())
