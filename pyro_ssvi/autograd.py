@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -13,23 +12,9 @@ from . import kernels
 from .active_set import ActiveSet
 from .gradient_record import recording
 from .patches import Patches
+from .precision import as_it_is
 
-__all__ = ["as_it_is", "conv", "matmul", "mv", "rows", "scatter"]
-
-
-def as_it_is(pass_: Any) -> Any:
-    """A forward or backward pass in the dtype of its inputs: autocast is for those who multiply
-    densely."""
-
-    @functools.wraps(pass_)
-    def wrapped(ctx: Any, values: Tensor, *args: Any) -> Any:
-        device = values.device.type
-        if not torch.is_autocast_enabled(device):
-            return pass_(ctx, values, *args)
-        with torch.autocast(device, enabled=False):
-            return pass_(ctx, values, *args)
-
-    return wrapped
+__all__ = ["conv", "matmul", "mv", "rows", "scatter"]
 
 
 class _Matmul(torch.autograd.Function):

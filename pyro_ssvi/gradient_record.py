@@ -13,6 +13,7 @@ from torch import Tensor
 from .active_set import ActiveSet
 from .patches import Patches
 from .plain_data import check_tensor
+from .precision import as_it_is
 
 __all__ = ["GradientRecord", "Prior", "check_parts", "recording"]
 
@@ -203,6 +204,7 @@ class GradientRecord:
         """Forget what was added for this set, if anything was."""
         self._parts.pop(active, None)
 
+    @as_it_is
     def block(self, active: ActiveSet, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of the gradient as a matrix of ``active.matrix_shape``."""
         first, *others = self._parts[active]
@@ -211,6 +213,7 @@ class GradientRecord:
             total = total + part.block(start, stop)
         return total
 
+    @as_it_is
     def squares(self, active: ActiveSet, start: int, stop: int) -> Tensor:
         """The same rows of the sum over examples of their gradients' squares.
 

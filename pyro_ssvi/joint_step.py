@@ -9,11 +9,13 @@ from . import autograd, kernels
 from .active_set import ActiveSet
 from .gradient_record import Convolution, GradientRecord, Part, Product, Rows
 from .patches import Patches
+from .precision import as_it_is
 
 __all__ = ["squares_along"]
 
 
 @torch.no_grad()
+@as_it_is
 def squares_along(
     record: GradientRecord, active: ActiveSet, indices: Tensor, direction: Tensor
 ) -> Tensor:

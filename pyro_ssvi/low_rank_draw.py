@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .autograd import as_it_is
+from .precision import as_it_is
 
 __all__ = ["low_rank_draw"]
 

@@ -437,8 +437,7 @@ class SSVI(SVI):
         record, self._record = self._record, GradientRecord()
         try:
             # All sites are decided before any is changed.
-            with _own_precision(self.guides):
-                plans = [(guide, self._plan(guide, share, record)) for guide in self.guides]
+            plans = [(guide, self._plan(guide, share, record)) for guide in self.guides]
         except FloatingPointError as error:
             warn_caller(f"exchange after step {self.steps} skipped: {error}", NonFiniteWarning)
             return {}
@@ -560,15 +559,6 @@ class SSVI(SVI):
         return self.addition.first_values(
             active, added, self.addition.read(active, added, record), record
         )
-
-
-@contextmanager
-def _own_precision(guides: list[AutoSparseGuide]) -> Iterator[None]:
-    """Without autocast, which is for those who multiply densely."""
-    with ExitStack() as stack:
-        for device in {guide.indices.device.type for guide in guides if guide.sites}:
-            stack.enter_context(torch.autocast(device, enabled=False))
-        yield
 
 
 @contextmanager
