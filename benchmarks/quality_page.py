@@ -46,10 +46,6 @@ class Results:
         self.runs = {Setting(**row["setting"]): row for row in rows if "setting" in row}
         self.steps = [row["steps"] for row in rows if "steps" in row]
 
-    def of(self, setting: Setting) -> list[dict[str, Any]]:
-        """The runs with these settings, whatever the seed."""
-        return [run for key, run in self.runs.items() if replace(key, seed=0) == setting]
-
     def groups(self, settings: Sequence[Setting]) -> list[tuple[Setting, list[dict[str, Any]]]]:
         """Settings that have runs, each with those that are asked for: a part compares seeds."""
         found: dict[Setting, list[dict[str, Any]]] = {}
@@ -117,7 +113,7 @@ def with_net(setting: Setting) -> str:
 
 def as_called(setting: Setting) -> str:
     if not setting.decay:
-        return f"{name(replace(setting, kl_weight=1.0))}, Adam at 1e-3, likelihood as it is"
+        return f"{name(setting)}, Adam at 1e-3, likelihood as it is"
     own = f'CosineSchedule(every={setting.every}), addition="{setting.addition}"'
     return f"{name(setting)}, {'by default' if setting.schedule == 'inverse-sqrt' else own}"
 
@@ -125,8 +121,7 @@ def as_called(setting: Setting) -> str:
 def as_tried(setting: Setting) -> str:
     """What was tried on held-out images."""
     net = f"784-{setting.net}-10, " if setting.net != SPARSE.net else ""
-    words = f"{net}{name(replace(setting, kl_weight=SPARSE.kl_weight))}"
-    words = words.removesuffix(f", KL weight {SPARSE.kl_weight:g}")
+    words = net + ("AutoNormal" if setting.method == "autonormal" else name(setting))
     for key, called in (("addition", ""), ("policy", "densities "), ("init_loc", "locations ")):
         if setting.method == "ssvi" and getattr(setting, key) != getattr(SPARSE, key):
             words += f", {called}{getattr(setting, key)}"
@@ -206,10 +201,9 @@ def robustness(results: Results) -> str:
 
 def agreement(results: Results) -> str:
     """How alike the criteria's choices are, at the first, a middle and the last epoch."""
-    runs = results.of(replace(PARTS["agreement"][0]))
-    if not runs or not runs[0].get("agreement"):
+    epochs = results.runs.get(PARTS["agreement"][0], {}).get("agreement")
+    if not epochs:
         return ""
-    epochs = runs[0]["agreement"]
     chosen = sorted({0, (len(epochs) - 1) // 2, len(epochs) - 1})
     rows = [
         [
@@ -332,6 +326,7 @@ def plot_densities(results: Results, path: Path) -> None:
 def plot_robustness(results: Results, path: Path) -> None:
     """Accuracy at each setting of the grid."""
     grid = PARTS["robustness"]
+    groups = results.groups(grid)
     priors = sorted({setting.prior_scale for setting in grid})
     lrs = sorted({setting.lr for setting in grid})
     scales = sorted({setting.init_scale for setting in grid})
@@ -342,7 +337,7 @@ def plot_robustness(results: Results, path: Path) -> None:
         for ax, prior in zip(row, priors, strict=True):
             at = {
                 (s.lr, s.init_scale): 100 * statistics.fmean(run["accuracy"] for run in runs)
-                for s, runs in results.groups(grid)
+                for s, runs in groups
                 if s.method == method and s.prior_scale == prior
             }
             image = [[at.get((lr, scale), float("nan")) for scale in scales] for lr in lrs]

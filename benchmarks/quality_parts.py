@@ -31,6 +31,11 @@ SPARSE_20 = replace(SPARSE, density=0.2, lr=2e-3)
 LONGER_RUNS = [replace(LONGER, density=0.1), LONGER, replace(LONGER, structure="1x4")]
 # Chosen for the dense posterior by the same search.
 DENSE_LONGER = replace(DENSE, epochs=18, batch_size=256, lr=2e-3, kl_weight=0.2)
+# About as many active weights as SPARSE_20 has.
+AS_MANY = [
+    replace(SPARSE, net="800-800", density=0.075, lr=3e-3),
+    replace(SPARSE, net="1600-1600", density=0.025, lr=3e-3),
+]
 # Fewer active weights than the dense net of 400 units has, in no more time.
 WIDER = replace(SPARSE, net="1600-1600", density=0.1, epochs=13, lr=1e-3, every=200)
 NET = Setting(method="deterministic", density=1.0, lr=1e-3, addition="gradient", share=0.0)
@@ -54,17 +59,7 @@ def densities() -> list[Setting]:
 def wider() -> list[Setting]:
     """Wider and sparser: about as many active weights in nets of 0.5, 1.3 and 3.8 million; and
     nearly as many as the dense net has."""
-    return seeds(
-        [
-            DENSE,
-            SPARSE_20,
-            *(
-                replace(SPARSE, net=net, density=d, lr=3e-3)
-                for net, d in (("800-800", 0.075), ("1600-1600", 0.025))
-            ),
-            WIDER,
-        ]
-    )
+    return seeds([DENSE, SPARSE_20, *AS_MANY, WIDER])
 
 
 def defaults() -> list[Setting]:
@@ -223,7 +218,7 @@ def robustness() -> list[Setting]:
 def chosen() -> list[Setting]:
     """What settings were chosen by: tested on training images that were held out."""
     at_10 = replace(SPARSE, density=0.1)
-    default = replace(at_10, policy="uniform", init_loc="feasible", addition="mixed_gradient")
+    mixed = replace(at_10, policy="uniform", init_loc="feasible", addition="mixed_gradient")
     dense = [
         *(replace(DENSE, kl_weight=weight) for weight in (0.03, 0.1, 0.3)),
         replace(DENSE, lr=2e-3),
@@ -233,15 +228,11 @@ def chosen() -> list[Setting]:
         *(replace(SPARSE, kl_weight=weight) for weight in (0.03, 0.3)),
         *(replace(at_10, structure="1x4", lr=lr) for lr in (3e-3, 5e-3)),
         *(replace(SPARSE_20, lr=lr) for lr in (2e-3, 3e-3, 5e-3)),
-        *(
-            replace(SPARSE, net=net, density=d, lr=lr)
-            for net, d in (("800-800", 0.075), ("1600-1600", 0.025))
-            for lr in (3e-3, 5e-3)
-        ),
-        *(replace(default, lr=lr) for lr in (3e-3, 5e-3, 8e-3)),
-        replace(default, kl_weight=0.05),
-        replace(default, policy="erk"),
-        replace(default, init_loc="fan-in"),
+        *(replace(wide, lr=lr) for wide in AS_MANY for lr in (3e-3, 5e-3)),
+        *(replace(mixed, lr=lr) for lr in (3e-3, 5e-3, 8e-3)),
+        replace(mixed, kl_weight=0.05),
+        replace(mixed, policy="erk"),
+        replace(mixed, init_loc="fan-in"),
     ]
     settings = seeds(dense, SEEDS[:1]) + seeds(sparse, SEEDS[:2])
     return [replace(setting, held_out=True) for setting in settings]
@@ -256,8 +247,7 @@ def steps() -> list[Setting]:
         SPARSE_20,
         *(replace(SPARSE, density=d) for d in (0.1, 0.05, 0.02, 0.01)),
         replace(SPARSE, method="low-rank"),
-        replace(SPARSE, net="800-800", density=0.075),
-        replace(SPARSE, net="1600-1600", density=0.025),
+        *AS_MANY,
         WIDER,
         DENSE_LONGER,
         *LONGER_RUNS,

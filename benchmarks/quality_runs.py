@@ -311,9 +311,9 @@ def adam(setting: Setting, num_steps: int, scales: bool) -> Any:
     def options(name: str) -> dict[str, float]:
         return {"lr": setting.lr if scales or not name.endswith("scale") else 0.0}
 
-    args = {"optimizer": torch.optim.Adam, "optim_args": options, "T_max": num_steps}
-    constant = {**args, "eta_min": setting.lr}
-    return pyro.optim.CosineAnnealingLR(args if setting.decay else constant)
+    last = 0.0 if setting.decay else setting.lr
+    args = {"optimizer": torch.optim.Adam, "optim_args": options}
+    return pyro.optim.CosineAnnealingLR({**args, "T_max": num_steps, "eta_min": last})
 
 
 def make(setting: Setting, num_data: int, num_steps: int) -> Any:
